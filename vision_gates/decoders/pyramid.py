@@ -1,0 +1,89 @@
+"""A small feature-pyramid decoder that works on every encoder; the baseline that gated decoders are measured against.
+
+Top-down fusion follows Feature Pyramid Networks, arXiv 1612.03144; two convolutional levels on the image itself bring
+back the detail that encoders with a stride-4 or stride-16 stem drop.
+Suffixes: B batch, C channels, H W height and width.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["PyramidDecoder"]
+
+
+def _conv_norm_act(in_chans: int, out_chans: int, *, stride: int = 1) -> nn.Sequential:
+    # Group normalisation: batches of a few large images are the rule in segmentation, and train equals eval.
+    groups = next(groups for groups in (8, 4, 2, 1) if out_chans % groups == 0)
+    return nn.Sequential(
+        nn.Conv2d(in_chans, out_chans, kernel_size=3, stride=stride, padding=1, bias=False),
+        nn.GroupNorm(groups, out_chans),
+        nn.GELU(),
+    )
+
+
+def _resize(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
+    if x_BCHW.shape[-2:] == like_BCHW.shape[-2:]:
+        return x_BCHW
+    return F.interpolate(x_BCHW, size=like_BCHW.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class PyramidDecoder(nn.Module):
+    """Lateral 1x1 convolutions, top-down addition, then two fusions with convolutions of the image at 1/2 and 1/1.
+
+    Args:
+        encoder_channels: channels of each encoder level, finest first.
+        encoder_reductions: stride of each level; levels may repeat a stride (plain ViG).
+        in_chans: channels of the image.
+        num_classes: channels of the logits.
+        channels: width of the pyramid.
+        detail_channels: width of the two image levels; 0 leaves them out and upsamples the logits instead.
+
+    Raises:
+        ValueError: no encoder level, or levels that are not ordered from fine to coarse.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder_channels: Sequence[int],
+        encoder_reductions: Sequence[int],
+        in_chans: int,
+        num_classes: int,
+        channels: int = 64,
+        detail_channels: int = 16,
+    ) -> None:
+        super().__init__()
+        if not encoder_channels:
+            raise ValueError("the decoder needs at least one encoder level, got none")
+        if any(fine > coarse for fine, coarse in pairwise(encoder_reductions)):
+            raise ValueError(f"encoder levels must go from fine to coarse, got reductions {list(encoder_reductions)}")
+        self.laterals = nn.ModuleList(nn.Conv2d(c, channels, kernel_size=1) for c in encoder_channels)
+        self.fuse = nn.ModuleList(_conv_norm_act(channels, channels) for _ in encoder_channels)
+        self.details: nn.ModuleList | None = None
+        if detail_channels:
+            half, full = 2 * detail_channels, detail_channels
+            self.details = nn.ModuleList([_conv_norm_act(in_chans, half, stride=2), _conv_norm_act(in_chans, full)])
+            self.merge = nn.ModuleList([_conv_norm_act(channels + half, half), _conv_norm_act(half + full, full)])
+        self.classifier = nn.Conv2d(detail_channels or channels, num_classes, kernel_size=1)
+
+    def forward(self, features: list[Tensor], image: Tensor) -> Tensor:
+        """Map features, finest first, and the image (B, in_chans, H, W) to logits (B, num_classes, H, W)."""
+        x: Tensor | None = None
+        for feature, lateral, fuse in zip(
+            reversed(features), reversed(self.laterals), reversed(self.fuse), strict=True
+        ):
+            level = lateral(feature)
+            x = fuse(level if x is None else level + _resize(x, level))
+        assert x is not None  # __init__ refuses an empty pyramid
+        if self.details is not None:
+            for detail, merge in zip(self.details, self.merge, strict=True):
+                level = detail(image)
+                x = merge(torch.cat([_resize(x, level), level], dim=1))
+        return _resize(self.classifier(x), image)
+
+
+Decoder = PyramidDecoder
