@@ -81,6 +81,13 @@ def test_errors_name_the_remedy():
         create_decoder({"type": "pyramid"}, encoder_channels=[], encoder_reductions=[], **facts)
     with pytest.raises(ValueError, match=r"fine to coarse, got reductions \[8, 4\]"):
         create_decoder({"type": "pyramid"}, encoder_channels=[8, 8], encoder_reductions=[8, 4], **facts)
+    with pytest.raises(ValueError, match="at least 4, got 64 and 2"):
+        create_decoder({"type": "pyramid", "detail_channels": 2}, encoder_channels=[8], encoder_reductions=[4], **facts)
+
+
+def test_one_image_whose_coarsest_map_is_one_pixel_trains():
+    model = create_segmenter("vg_vig_h_atto", num_classes=2, decoder={"type": "pyramid", "channels": 8}).train()
+    assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
 
 
 def test_encoder_without_features_is_refused(monkeypatch):

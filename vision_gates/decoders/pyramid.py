@@ -17,7 +17,8 @@ __all__ = ["PyramidDecoder"]
 
 def _conv_norm_act(in_chans: int, out_chans: int, *, stride: int = 1) -> nn.Sequential:
     # Group normalisation: batches of a few large images are the rule in segmentation, and train equals eval.
-    groups = next(groups for groups in (8, 4, 2, 1) if out_chans % groups == 0)
+    # Four channels a group at least: one value alone cannot be normalised, and the coarsest map may be 1x1.
+    groups = next((groups for groups in (8, 4, 2) if out_chans % groups == 0 and out_chans // groups >= 4), 1)
     return nn.Sequential(
         nn.Conv2d(in_chans, out_chans, kernel_size=3, stride=stride, padding=1, bias=False),
         nn.GroupNorm(groups, out_chans),
@@ -43,7 +44,7 @@ class PyramidDecoder(nn.Module):
         detail_channels: width of the two image levels; 0 leaves them out and upsamples the logits instead.
 
     Raises:
-        ValueError: no encoder level, or levels that are not ordered from fine to coarse.
+        ValueError: no encoder level, levels that are not ordered from fine to coarse, or a width below 4.
     """
 
     def __init__(
@@ -61,6 +62,10 @@ class PyramidDecoder(nn.Module):
             raise ValueError("the decoder needs at least one encoder level, got none")
         if any(fine > coarse for fine, coarse in pairwise(encoder_reductions)):
             raise ValueError(f"encoder levels must go from fine to coarse, got reductions {list(encoder_reductions)}")
+        if channels < 4 or 0 < detail_channels < 4 or detail_channels < 0:
+            raise ValueError(
+                f"channels must be at least 4 and detail_channels 0 or at least 4, got {channels} and {detail_channels}"
+            )
         self.laterals = nn.ModuleList(nn.Conv2d(c, channels, kernel_size=1) for c in encoder_channels)
         self.fuse = nn.ModuleList(_conv_norm_act(channels, channels) for _ in encoder_channels)
         self.details: nn.ModuleList | None = None

@@ -25,6 +25,11 @@ class LocalityGate(nn.Module):
 
     def forward(self, global_BNHV: Tensor, local_BNHV: Tensor, gate_BNHV: Tensor) -> Tensor:
         """Mix the two views; all three inputs and the result are (B, N, H, V). ``gate_BNHV`` holds logits."""
-        local_BNHV = self.local_norm(local_BNHV)
+        local_BNHV = _normalise(self.local_norm, local_BNHV)
         # lerp is local + s * (global - local): one product less than the two-term form, and one tensor less to keep.
-        return local_BNHV.lerp(self.global_norm(global_BNHV), F.sigmoid(gate_BNHV).to(local_BNHV.dtype))
+        return local_BNHV.lerp(_normalise(self.global_norm, global_BNHV), F.sigmoid(gate_BNHV))
+
+
+def _normalise(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """Under autocast x is half and the weight float32, which would leave PyTorch's fused path."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)

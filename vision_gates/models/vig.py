@@ -305,7 +305,8 @@ class ViG(_ViGBase):
     def _embed(self, x_BCHW: Tensor) -> Tensor:
         H, W = self._grid(*x_BCHW.shape[-2:])
         x_BHWC = self.stem(x_BCHW).permute(0, 2, 3, 1)
-        return x_BHWC + _resize_pos_embed(self.pos_embed, self.grid_size, (H, W)).view(1, H, W, -1).to(x_BHWC.dtype)
+        # Under autocast the sum is float32, and so is the residual stream from here on.
+        return x_BHWC + _resize_pos_embed(self.pos_embed, self.grid_size, (H, W)).view(1, H, W, -1)
 
 
 def _resize_pos_embed(pos_embed_1NC: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
@@ -314,7 +315,7 @@ def _resize_pos_embed(pos_embed_1NC: Tensor, grid: tuple[int, int], new_grid: tu
         return pos_embed_1NC
     maps_1CHW = pos_embed_1NC.float().unflatten(1, grid).permute(0, 3, 1, 2)
     maps_1CHW = F.interpolate(maps_1CHW, size=new_grid, mode="bicubic", align_corners=False)
-    return maps_1CHW.flatten(2).transpose(1, 2)
+    return maps_1CHW.flatten(2).transpose(1, 2).to(pos_embed_1NC.dtype)
 
 
 def _downsample(in_chans: int, out_chans: int) -> nn.Sequential:
@@ -476,7 +477,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
                 f"pos_embed of {source.shape[1]} tokens is not of a square image: build the model with the img_size "
                 f"of the checkpoint (its grid is not {model.grid_size[0]}x{model.grid_size[1]})"
             )
-        state_dict["pos_embed"] = _resize_pos_embed(source, (side, side), model.grid_size).to(source.dtype)
+        state_dict["pos_embed"] = _resize_pos_embed(source, (side, side), model.grid_size)
     return state_dict
 
 

@@ -1,0 +1,294 @@
+"""A run that is killed, however often and wherever, ends exactly as one that is not."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from vision_gates.config import RunConfig, save_config
+from vision_gates.engine import checkpoint
+from vision_gates.engine.checkpoint import is_complete
+from vision_gates.engine.run_directory import read_metrics
+from vision_gates.engine.trainer import Interrupted, Trainer, train
+from vision_gates.errors import ConfigError, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+# Everything that could lose its place: stochastic depth, mixup, augmentation, accumulation, moving average, schedule.
+# 24 images in batches of 4, two to an update: 3 updates an epoch, 9 in all.
+HARD = (
+    "schedule.epochs=3",
+    "schedule.warmup_epochs=1",
+    "optim.accumulate=2",
+    "optim.clip_grad=1.0",
+    "model.drop_path_rate=0.3",
+    "task.label_smoothing=0.1",
+    "augment.mixup=0.3",
+    "augment.cutmix=0.5",
+    "augment.train=[{HorizontalFlip: {}}, {Affine: {rotate: [-20, 20], p: 0.8}}, {GaussNoise: {p: 0.5}}]",
+    "trainer.ema_decay=0.9",
+    "trainer.checkpoint_steps=1",
+    "trainer.log_every=2",
+)
+
+
+class Killed(BaseException):
+    """Stands for the process's death: no ``except Exception`` may catch it."""
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """What must be the same: weights bit for bit, every number of the epochs and of the evaluation."""
+    times = ("seconds", "images_per_second")
+    evaluation = json.loads((run / "evaluation" / "test.json").read_text())
+    return {
+        **{
+            name: hashlib.sha256((run / "checkpoints" / name / "weights.safetensors").read_bytes()).hexdigest()
+            for name in ("last", "best")
+        },
+        "rows": [{k: v for k, v in row.items() if k not in times} for row in read_metrics(run / "metrics.jsonl")],
+        "evaluation": {k: v for k, v in evaluation.items() if k not in ("seconds", "run")},
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    build_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
+    """The outcome of the run when nothing happens to it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(build_config(run, *HARD), console=Console(file=open(os.devnull, "w")))  # noqa: SIM115
+    torch.set_num_threads(threads)
+    result = outcome(run)
+    assert [row["epoch"] for row in result["rows"]] == [1, 2, 3] and result["rows"][-1]["step"] == 9
+    yield result
+
+
+def test_killed_after_updates(undisturbed, make_config, quiet, monkeypatch):
+    """Before the first checkpoint, in the middle of epochs, at their ends, twice in a row at the same place."""
+    config = make_config(*HARD, "trainer.resume=true", "trainer.checkpoint_steps=2")
+    deaths = [1, 3, 4, 5, 5, 6, 8, 9]
+    original = Trainer.step_optimizer
+
+    def step(self):
+        original(self)
+        if deaths and self.state.update == deaths[0]:
+            deaths.pop(0)
+            raise Killed
+
+    monkeypatch.setattr(Trainer, "step_optimizer", step)
+    killed = 0
+    while deaths:
+        with pytest.raises(Killed):
+            train(config, console=quiet)
+        killed += 1
+    run = train(config, console=quiet)
+    assert killed == 8
+    assert outcome(run) == undisturbed
+
+
+def test_killed_at_every_stage_of_writing(undisturbed, make_config, quiet, monkeypatch):
+    """Die before every kind of operation on files, the first time and a later time that the run comes to it."""
+    config = make_config(*HARD, "trainer.resume=true")
+    folder = Path(config.trainer.run_dir) / "checkpoints"
+    seen: Counter[str] = Counter()
+
+    def count(stage: str) -> None:
+        seen[stage] += 1
+        if seen[stage] in ((1, 4) if stage.startswith(("rename", "delete")) else (1,)):
+            raise Killed
+
+    def counted(module, name):
+        original = getattr(module, name)
+
+        def operation(first, *args, **kwargs):
+            target = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+            count(f"{name} {Path(target).parent.name}/{Path(target).name}")
+            return original(first, *args, **kwargs)
+
+        monkeypatch.setattr(module, name, operation)
+
+    def rmtree(path):
+        for file in sorted(Path(path).iterdir()):
+            count(f"delete in {Path(path).name}")
+            file.unlink()
+        Path(path).rmdir()
+
+    for name in ("fsync", "rename", "replace"):
+        counted(os, name)
+    monkeypatch.setattr(checkpoint, "shutil", type("Shutil", (), {"rmtree": staticmethod(rmtree)}))
+    had_last = had_best = False
+    for deaths in range(100):
+        try:
+            run = train(config, console=quiet)
+            break
+        except Killed:
+            # What was once there in full must still be there in full, under one name or another.
+            last = any(is_complete(folder / name) for name in ("last", "last.writing", "previous"))
+            best = any(is_complete(folder / name) for name in ("best", "best.writing", "best.previous"))
+            assert last >= had_last and best >= had_best, f"death {deaths}"
+            had_last, had_best = last, best
+    assert outcome(run) == undisturbed
+    wanted = {
+        "fsync last.writing/weights.safetensors",
+        "fsync last.writing/state.pt",
+        "fsync last.writing/manifest.json",
+        "delete in previous",
+        "rename checkpoints/last",
+        "rename checkpoints/last.writing",
+        "fsync best.writing/weights.safetensors",
+        "rename checkpoints/best.writing",
+    }
+    assert wanted <= set(seen) and deaths > 25
+
+
+def test_kill_minus_nine(undisturbed, make_config, tmp_path):
+    """The real thing: SIGKILL in the middle of an epoch, then the same command again."""
+    config = make_config(*HARD, "trainer.resume=true")
+    save_config(config, tmp_path / "run.yaml")
+    # The CPU's sums depend on the number of threads, so the process gets as many as the undisturbed run had.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), str(tmp_path / "run.yaml")]
+    manifest = tmp_path / "run" / "checkpoints" / "last" / "manifest.json"
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if json.loads(manifest.read_text())["step"] in (4, 5):  # second epoch, not at its end
+                    break
+            except (OSError, ValueError):
+                pass
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 3
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout
+    assert outcome(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_stops(undisturbed, make_config, quiet, monkeypatch, number):
+    original = Trainer.step_optimizer
+    sent = []
+
+    def step(self):
+        original(self)
+        if self.state.update == 5 and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Trainer, "step_optimizer", step)
+    before = signal.getsignal(number)
+    config = make_config(*HARD, "trainer.resume=true", "trainer.checkpoint_steps=null")
+    with pytest.raises(Interrupted, match="after update 5.*trainer.resume=true") as stopped:
+        train(config, console=quiet)
+    assert "\n" not in str(stopped.value)
+    assert signal.getsignal(number) is before
+    assert outcome(train(config, console=quiet)) == undisturbed
+
+
+def test_damaged_checkpoint_is_noticed(undisturbed, make_config, quiet, monkeypatch):
+    """A flipped byte in the last checkpoint: the previous one is used, and the run says so."""
+    config = make_config(*HARD, "trainer.resume=true")
+    original = Trainer.step_optimizer
+
+    def step(self):
+        original(self)
+        if self.state.update == 6:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "step_optimizer", step)
+        train(config, console=quiet)
+    folder = Path(config.trainer.run_dir) / "checkpoints"
+    state = folder / "last" / "state.pt"
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    run = train(config, console=quiet)
+    assert "missing or damaged; previous is used" in (run / "log.txt").read_text()
+    assert outcome(run) == undisturbed
+
+    shutil.rmtree(run / "evaluation")  # a finished run would show its result and not look at the checkpoints
+    for name in ("last", "previous"):
+        (folder / name / "weights.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="damaged .* no other complete checkpoint"):
+        train(config, console=quiet)
+
+
+def test_finished_run_ends_at_once(make_config, quiet, monkeypatch):
+    config = make_config("schedule.epochs=1", "trainer.resume=true")
+    run = train(config, console=quiet)
+    files = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
+    monkeypatch.setattr(Trainer, "__init__", None)  # nothing may be trained
+    console = Console(record=True, file=open(os.devnull, "w"), width=150)  # noqa: SIM115
+    assert train(config, console=console) == run
+    shown = console.export_text()
+    assert "is finished" in shown and "accuracy" in shown and "report.html" in shown
+    assert files == {
+        path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != "log.txt"
+    }
+
+
+def test_final_evaluation_is_made_up_for(make_config, quiet):
+    """Killed between the last epoch and the end of the evaluation."""
+    config = make_config("schedule.epochs=1", "trainer.resume=true")
+    run = train(config, console=quiet)
+    before = outcome(run)
+    shutil.rmtree(run / "evaluation")
+    assert outcome(train(config, console=quiet)) == before
+
+
+def test_used_directory_needs_resume(make_config, quiet):
+    config = make_config("schedule.epochs=1")
+    run = train(config, console=quiet)
+    before = outcome(run)
+    with pytest.raises(ConfigError, match="trainer.resume=true .* or another trainer.run_dir"):
+        train(config, console=quiet)
+    assert outcome(run) == before
+
+
+def test_resume_with_another_configuration(make_config, quiet):
+    train(make_config("schedule.epochs=1"), console=quiet)
+    with pytest.raises(ConfigError) as error:
+        train(make_config("schedule.epochs=2", "optim.lr=0.5", "trainer.resume=true"), console=quiet)
+    assert "optim.lr was 0.002, is 0.5" in str(error.value)
+    assert "schedule.epochs was 1, is 2" in str(error.value)
+    assert "\n" not in str(error.value)
+    harmless = ("trainer.log_every=3", "data.workers=1", "trainer.checkpoint_steps=5", "trainer.checkpoint_minutes=3")
+    train(make_config("schedule.epochs=1", "trainer.resume=true", *harmless), console=quiet)
+
+
+def test_other_number_of_threads_is_said(make_config, quiet, monkeypatch):
+    """It changes the order of sums on the CPU, so the result is no longer the same bit for bit."""
+    config = make_config("schedule.epochs=1", "trainer.resume=true", "trainer.checkpoint_steps=1")
+    original = Trainer.step_optimizer
+
+    def step(self):
+        original(self)
+        if self.state.update == 3:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "step_optimizer", step)
+        train(config, console=quiet)
+    torch.set_num_threads(2)
+    run = train(config, console=quiet)
+    assert "note: 1 threads before, 2 now" in (run / "log.txt").read_text()

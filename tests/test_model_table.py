@@ -1,0 +1,106 @@
+"""The model table against the registry and against networks that are really built."""
+
+import csv
+import io
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+
+from vision_gates.errors import UserError
+from vision_gates.model_table import main, model_rows, model_table, to_csv, to_markdown
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return model_rows()
+
+
+def test_every_model_of_the_package_has_a_row_and_a_source(rows):
+    assert [row["name"] for row in rows] == timm.list_models("vg_*")
+    for row in rows:
+        assert row["paper"].startswith("arXiv:") and row["code"].startswith("https://") and row["licence"], row["name"]
+        assert row["input"] == "224 x 224"
+        # A result in a paper and released weights come together; what is ours alone has neither.
+        assert (row["top1"] is None) == (row["weights"] == "none"), row["name"]
+        assert row["top1"] is None or 50 < row["top1"] < 95
+
+
+def test_numbers_are_those_of_the_network(rows):
+    by_name = {row["name"]: row for row in rows}
+    for name in ("vg_vig_atto", "vg_vig_h_atto"):
+        row, model = by_name[name], timm.create_model(name)
+        assert row["parameters"] == round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
+        assert row["family"] == "vig"
+        features = timm.create_model(name, features_only=True)
+        shapes = [tuple(f.shape) for f in features(torch.zeros(1, 3, 64, 64))]
+        assert row["channels"] == tuple(shape[1] for shape in shapes)
+        assert row["reductions"] == tuple(64 // shape[2] for shape in shapes)
+    tiny = by_name["vg_vig_tiny"]
+    assert tiny["top1"] == 77.2 and tiny["paper"] == "arXiv:2405.18425" and tiny["weights"] == "hub: hustvl/ViG"
+    assert by_name["vg_vig_atto"]["weights"] == "none"
+
+
+def test_a_foreign_model_without_these_fields():
+    (row,) = model_rows("resnet18")
+    assert row["parameters"] == 11.69 and row["family"] == "resnet" and row["top1"] is None
+    assert row["reductions"] == (2, 4, 8, 16, 32) and row["weights"].startswith("hub: ")
+    assert "| `resnet18` |" in to_markdown([row])
+
+
+def test_csv_keeps_every_field(rows):
+    back = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert [row["name"] for row in back] == [row["name"] for row in rows]
+    assert list(back[0]) == list(rows[0])
+    assert [float(row["parameters"]) for row in back] == [row["parameters"] for row in rows]
+    assert back[0]["reductions"] == " ".join(map(str, rows[0]["reductions"]))
+
+
+def test_markdown_is_a_table_with_links(rows):
+    lines = to_markdown(rows).splitlines()
+    assert len(lines) == len(rows) + 2
+    assert {line.count("|") for line in lines} == {10}
+    (tiny,) = [line for line in lines if "`vg_vig_tiny`" in line]
+    assert "[arXiv:2405.18425](https://arxiv.org/abs/2405.18425), [code](https://github.com/hustvl/ViG)" in tiny
+    assert "| 5.83 |" in tiny and "| 77.2 |" in tiny
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_names_and_numbers_stay_whole_on_a_terminal(rows, width):
+    console = Console(width=width, file=io.StringIO())
+    console.print(model_table(rows))
+    text = console.file.getvalue()
+    lines = [line.split() for line in text.splitlines()]
+    for row in rows:
+        (line,) = [line for line in lines if line and line[0] == row["name"]]
+        top1 = "-" if row["top1"] is None else str(row["top1"])
+        strides = "4-32" if "_h_" in row["name"] else "16"
+        parameters = [f"{row['parameters']:.2f}", "M"]
+        weights = row["weights"].split(":")[0]
+        assert line[1:] == ["vig", *parameters, "224", strides, "2405.18425", row["licence"], top1, weights]
+
+
+def test_main(capsys):
+    assert main(["vg_vig_t*", "format=csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("vg_vig_tiny,vig,5.83,")
+    assert main(["vg_vig_t*", "format=markdown"]) == 0
+    assert "| `vg_vig_tiny` |" in capsys.readouterr().out
+    assert main(["vg_vig_t*"]) == 0
+    assert "vg_vig_tiny" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["vg_vig_tinny"], "nearest name: vg_vig_tiny"),
+        (["vg_*", "convit*"], "one pattern"),
+        (["--markdown"], "one pattern"),
+        (["format=xml"], "format=xml: the only setting"),
+        (["colour=red"], "colour=red: the only setting"),
+    ],
+)
+def test_mistakes(argv, message):
+    with pytest.raises(UserError, match=message.replace("*", r"\*")) as caught:
+        main(argv)
+    assert "\n" not in str(caught.value)

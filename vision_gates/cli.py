@@ -1,0 +1,204 @@
+"""The command line: ``vision-gates COMMAND ...``, and the same functions behind the scripts in tools/.
+
+Each command takes the configuration or run and ``key=value`` overrides, nothing else. What a user can mend ends in one
+line on standard error and exit code 2; a run stopped by Ctrl-C or SIGTERM ends with 130.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from vision_gates.errors import ConfigError, UserError
+
+__all__ = ["bench", "evaluate", "main", "models", "train"]
+
+
+def train(argv: Sequence[str]) -> int:
+    """usage: train CONFIG [key=value ...]
+
+    Train a classifier or a segmenter. CONFIG is a YAML file, key=value overrides one of its keys:
+        train configs/classification/digits_vig_atto.yaml optim.lr=3e-4 trainer.run_dir=runs/digits_small_lr
+    Go on with a run that was stopped: trainer.resume=true. On several GPUs: torchrun --nproc_per_node=2 in front.
+    """
+
+    def work() -> int:
+        path, overrides = _path_and_overrides(argv, "CONFIG")
+        from vision_gates.config import load_config
+        from vision_gates.engine.trainer import train as run
+
+        run(load_config(path, overrides), command=["vision-gates", "train", *argv])
+        return 0
+
+    return _guard(work, argv, train)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """usage: evaluate RUN [split=test|val|train] [key=value ...]
+
+    Evaluate the best weights of a run on its test split (without one: validation), write RUN/evaluation/ and
+    RUN/report.html. key=value overrides a key of the run's configuration, such as data.root or data.batch_size:
+        evaluate runs/digits_vig_atto split=val
+    """
+
+    def work() -> int:
+        path, overrides = _path_and_overrides(argv, "RUN")
+        split = [text.removeprefix("split=") for text in overrides if text.startswith("split=")]
+        from rich.console import Console
+
+        from vision_gates.engine.evaluation import evaluate_run, evaluation_table
+
+        changes = [text for text in overrides if not text.startswith("split=")]
+        evaluation = evaluate_run(path, split=split[-1] if split else _held_out(path), overrides=changes)
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(evaluation_table(evaluation))
+        console.print(f"tables: {evaluation.path}\nreport: {evaluation.report}", markup=False)
+        return 0
+
+    return _guard(work, argv, evaluate)
+
+
+def models(argv: Sequence[str]) -> int:
+    """usage: models [PATTERN] [format=table|markdown|csv]
+
+    List the models of this package with family, parameters, source and published result:
+        models 'vg_vig_*'
+    """
+
+    def work() -> int:
+        from vision_gates.model_table import main as run
+
+        return run(list(argv))
+
+    return _guard(work, argv, models)
+
+
+def bench(argv: Sequence[str]) -> int:
+    """usage: bench models [NAME ...] [size=224 batch=8 mode=training|inference dtype=float32 rounds=10 out=FILE.csv]
+           bench ops [out=FILE.csv]
+
+    Measure speed on this machine. models: images/s of timm models, compared with the last one; ops: the operators.
+        bench models vg_vig_tiny deit_tiny_patch16_224 batch=4
+    """
+
+    def work() -> int:
+        what, *names = [text for text in argv if "=" not in text] or [""]
+        if what not in ("models", "ops"):
+            raise ConfigError(f"bench: models or ops is needed, found {what or 'nothing'}")
+        settings = dict(text.split("=", 1) for text in argv if "=" in text)
+        out = settings.pop("out", None)
+        from pathlib import Path
+
+        from rich.console import Console
+        from rich.table import Table
+
+        from vision_gates.benchmark import bench_models, bench_ops, write_rows
+
+        kinds = {"size": int, "batch": int, "rounds": int, "mode": str, "dtype": str, "device": str}
+        for key, value in settings.items():
+            if what == "ops" or key not in kinds:
+                raise ConfigError(f"{key}={value}: no such setting; bench {what} --help lists them")
+            if kinds[key] is int and not value.isdigit():
+                raise ConfigError(f"{key}={value}: a whole number is needed")
+        try:
+            if what == "models":
+                options = {key: kinds[key](value) for key, value in settings.items()}
+                rows = bench_models(names or ["vg_vig_tiny", "deit_tiny_patch16_224"], **options)
+            else:
+                rows = bench_ops()
+            if out is not None:
+                write_rows(rows, Path(out))
+        except ValueError as error:
+            raise ConfigError(f"bench: {error}") from error
+        facts = ("device", "torch", "timm", "triton", "vision_gates", "commit", "tf32")
+        table = Table(title=", ".join(f"{key} {rows[0][key]}" for key in facts) if rows else "nothing to measure")
+        columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in facts]
+        for column in columns:
+            table.add_column(column.replace("_", " "))
+        for row in rows:
+            cells = (row.get(column) for column in columns)
+            table.add_row(*("-" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
+        Console(highlight=False).print(table)
+        return 0
+
+    return _guard(work, argv, bench)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """usage: vision-gates train|evaluate|models|bench ...
+
+    vision-gates COMMAND --help says more about a command.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "train": train,
+        "evaluate": evaluate,
+        "models": models,
+        "bench": bench,
+    }
+    if argv and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
+
+    def work() -> int:
+        import difflib
+
+        if not argv:
+            raise ConfigError(f"a command is needed: {', '.join(commands)}")
+        near = difflib.get_close_matches(argv[0], list(commands), n=1, cutoff=0.0)[0]
+        raise ConfigError(f"there is no command {argv[0]!r}; nearest: {near}; known: {', '.join(commands)}")
+
+    return _guard(work, argv, main)
+
+
+def _guard(work: Callable[[], int], argv: Sequence[str], command: Callable[..., int]) -> int:
+    """Run a command; turn what a user can mend into one line and an exit code."""
+    if any(text in ("-h", "--help") for text in argv):
+        text = re.sub(r"\n    ", "\n", command.__doc__ or "")
+        sys.stdout.write(text.rstrip() + "\n")
+        return 0
+    try:
+        return work()
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # of several processes that all found it, one says so
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "vision_gates":
+            raise
+        sys.stderr.write(f"error: the package {error.name} is missing: pip install 'vision-gates[train]'\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":  # engine.trainer's, not imported here: it would load torch
+            raise
+        sys.stderr.write(f"{error}\n")
+        return 130
+
+
+def _held_out(run: str) -> str:
+    """The split a run is judged on: test, or val where its data have no test images."""
+    from vision_gates.engine.run_directory import RunDirectory
+
+    try:
+        return "test" if "test" in json.loads(RunDirectory(run).info.read_bytes())["images"] else "val"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "test"  # the evaluation says what is wrong with the directory
+
+
+def _path_and_overrides(argv: Sequence[str], what: str) -> tuple[str, list[str]]:
+    """The one argument without ``=``, and the others."""
+    flags = [text for text in argv if text.startswith("-")]
+    if flags:
+        raise ConfigError(f"{flags[0]}: there are no flags; override a key as key=value, for example optim.lr=0.001")
+    paths = [text for text in argv if "=" not in text]
+    if len(paths) != 1:
+        found = f"found {len(paths)}: {' '.join(paths)}" if paths else "found none"
+        raise ConfigError(f"one {what} is needed, {found}")
+    return paths[0], [text for text in argv if "=" in text]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""From YAML and overrides to a checked RunConfig, and back."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+import vision_gates
+from vision_gates.augmentation import build_pipeline
+from vision_gates.config.checking import Source, cross_checks, dotted_keys, explain, nearest, section_types
+from vision_gates.config.schema import RunConfig
+from vision_gates.errors import ConfigError
+from vision_gates.metrics import DEFAULT_MONITOR
+
+__all__ = ["dump_config", "find_config", "load_config", "parse_config", "save_config"]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars (1e-3 is a number, only true and false are booleans), and no key may be given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (str, int, float)) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+            seen.add(key if isinstance(key, (str, int, float)) else id(key))
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), "-+0123456789"
+)
+
+
+def find_config(path: str | Path) -> Path:
+    """Path of a configuration file: as given, or below the ``configs`` of the installed package or checkout.
+
+    Raises:
+        ConfigError: No such file; the message names the nearest recipe.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    package = Path(vision_gates.__file__).resolve().parent
+    inner = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    roots = [package / "configs", package.parent / "configs"]
+    if not path.is_absolute():
+        for root in roots:
+            if (root / inner).is_file():
+                return root / inner
+    recipes = [f"configs/{p.relative_to(root).as_posix()}" for root in roots for p in sorted(root.glob("*/*.yaml"))]
+    hint = f"; nearest recipe: {nearest(path.as_posix(), recipes)}" if recipes else ""
+    what = "is a directory, not a configuration file" if path.is_dir() else "no such configuration file"
+    raise ConfigError(f"{path}: {what}{hint}")
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{name}:{where} not valid YAML: {problem}") from error
+
+
+def _apply_override(raw: dict[str, Any], text: str, source: Source) -> None:
+    """Set the key of ``key.sub=value`` in ``raw``; the value is YAML."""
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise ConfigError(f"override '{text}': key.sub=value is needed, for example optim.lr=0.001")
+    parsed = _parse_yaml(value, f"override '{text}'")
+    *parents, last = key.split(".")
+    node = raw
+    for depth, parent in enumerate(parents):
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            dotted = ".".join(parents[: depth + 1])
+            raise ConfigError(f"override '{text}': {dotted} is a {type(node).__name__} and has no keys; set it whole")
+    node[last] = parsed
+    source.overrides.pop(key, None)
+    source.overrides[key] = text
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration file, apply overrides, check everything that can be checked without the data.
+
+    Args:
+        path: YAML file, looked up as ``find_config`` does.
+        overrides: ``key.sub=value`` strings, the value in YAML.
+
+    Returns:
+        The configuration, with ``trainer.run_dir``, ``trainer.monitor`` and ``model.decoder`` filled in.
+
+    Raises:
+        ConfigError: Any mistake, in one line.
+    """
+    file = find_config(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    return parse_config(_parse_yaml(text, str(path)), overrides, source=str(path))
+
+
+def parse_config(raw: Any, overrides: Sequence[str] = (), *, source: str = "config") -> RunConfig:
+    """The same from a mapping instead of a file; ``source`` names it in messages.
+
+    Raises:
+        ConfigError: Any mistake, in one line.
+    """
+    origin = Source(source)
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{source}: sections as `key: value` are needed, found a {type(raw).__name__}")
+    raw = json.loads(json.dumps(raw, default=str))  # a deep copy of plain values
+    for text in overrides:
+        _apply_override(raw, text, origin)
+    types = section_types(raw, origin)
+    valid = [key for name, annotation in types.items() for key in dotted_keys(annotation, name)]
+    for name in raw:
+        if name not in types:
+            raise origin.error(name, f"unknown key; nearest valid key: {nearest(name, valid)}")
+    sections = {}
+    for name, annotation in types.items():
+        if name in raw and not (raw[name] is None and name in ("optim", "schedule", "augment", "trainer")):
+            try:
+                # JSON mode and strict: 3 is a float and [1, 2] a tuple, but "3" is no int and true no number. Data sets
+                # may have validators that strict mode does not suit, so there it is checked afterwards.
+                strict = None if name == "data" else True
+                sections[name] = TypeAdapter(annotation).validate_json(json.dumps(raw[name]), strict=strict)
+            except ValidationError as error:
+                raise explain(error, name, raw[name], valid, origin) from error
+    for key, value in raw["data"].items():
+        accepted = getattr(sections["data"], key)
+        if type(accepted) in (int, float) and isinstance(value, (bool, str)):
+            raise origin.error(f"data.{key}", f"a number is needed, found {value!r}")
+    config = _resolve(RunConfig(**sections), source)
+    for key, problem in cross_checks(config):
+        raise origin.error(key, problem)
+    for part in ("train", "eval"):
+        try:
+            build_pipeline(getattr(config.augment, part), key=f"augment.{part}")
+        except ConfigError as error:
+            key, _, problem = str(error).partition(": ")
+            raise origin.error(key, problem) from error
+    return config
+
+
+def _resolve(config: RunConfig, source: str) -> RunConfig:
+    """Fill in the defaults that depend on other keys."""
+    trainer, model = config.trainer, config.model
+    if trainer.monitor is None:
+        trainer = trainer.model_copy(update={"monitor": DEFAULT_MONITOR[config.task.type]})
+    if trainer.run_dir is None:
+        trainer = trainer.model_copy(update={"run_dir": (Path("runs") / Path(source).stem).as_posix()})
+    if model.decoder is None and config.task.type == "segmentation":
+        model = model.model_copy(update={"decoder": {"type": "pyramid", "channels": 64}})
+    return config.model_copy(update={"trainer": trainer, "model": model})
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML text of a configuration; ``load_config`` of it gives an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write a configuration to a YAML file, at once or not at all."""
+    writing = Path(f"{path}.writing")
+    writing.write_text(dump_config(config), encoding="utf-8")
+    writing.replace(path)

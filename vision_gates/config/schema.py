@@ -1,0 +1,149 @@
+"""Which keys a configuration has: one frozen pydantic model a section."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+
+from vision_gates.datasets.base import DataConfig
+
+__all__ = ["MONITORS", "TASKS", "RunConfig"]
+
+MONITORS = {
+    "classification": ("accuracy", "balanced_accuracy", "auc", "f1", "loss"),
+    "segmentation": ("dice", "iou", "accuracy", "dice_pooled", "loss"),
+}
+"""Validation metrics that can choose the best checkpoint."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+ClassWeights = Literal["balanced"] | tuple[float, ...] | None
+
+
+class ClassificationTask(Section):
+    """One label an image; cross-entropy."""
+
+    type: Literal["classification"] = Field(description="Task; selects the keys of this section.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Label smoothing of the cross-entropy.")
+    class_weights: ClassWeights = Field(
+        default=None,
+        description="Class weights of the cross-entropy: null, balanced (inverse frequency) or one a class.",
+    )
+
+
+class SegmentationTask(Section):
+    """One label a pixel; soft Dice plus cross-entropy."""
+
+    type: Literal["segmentation"] = Field(description="Task; selects the keys of this section.")
+    dice_weight: float = Field(
+        default=0.5, ge=0, le=1, description="Loss = dice_weight * soft Dice loss + (1 - dice_weight) * cross-entropy."
+    )
+    class_weights: ClassWeights = Field(
+        default=None,
+        description="Class weights of the cross-entropy: null, balanced (inverse pixel frequency) or one a class.",
+    )
+
+
+class ModelConfig(Section):
+    """The network: a timm model, for segmentation with a decoder on its feature pyramid."""
+
+    name: str = Field(
+        description="Name in timm's registry, this package's included: python tools/models.py lists them."
+    )
+    pretrained: bool = Field(default=False, description="Start from the registry's pretrained weights.")
+    checkpoint: str | None = Field(default=None, description="Weights file or run directory to start from.")
+    drop_path_rate: float = Field(default=0.0, ge=0, lt=1, description="Stochastic depth rate.")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of timm.create_model, such as patch_size or img_size."
+    )
+    decoder: dict[str, Any] | None = Field(
+        default=None, description="Segmentation decoder: type (a file in decoders/) and its options; null: pyramid."
+    )
+
+
+class OptimConfig(Section):
+    """Optimiser."""
+
+    name: str = Field(default="adamw", description="Optimiser in timm's registry.")
+    lr: float = Field(default=1e-3, gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(default=0.05, ge=0, description="Weight decay; not applied to biases and norm layers.")
+    betas: tuple[float, ...] | None = Field(
+        default=None, description="Betas of Adam-like optimisers; null: their default."
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of SGD-like optimisers.")
+    layer_decay: float | None = Field(
+        default=None, gt=0, le=1, description="Layer-wise learning rate decay: factor per layer, from the head down."
+    )
+    clip_grad: float | None = Field(default=None, gt=0, description="Maximum gradient norm; null: no clipping.")
+    accumulate: int = Field(default=1, ge=1, description="Batches whose gradients are averaged for one update.")
+
+
+class ScheduleConfig(Section):
+    """Length of training and learning rate schedule: linear warm-up, then one cosine, changed at every update."""
+
+    epochs: int = Field(default=20, ge=1, description="Passes over the training images.")
+    warmup_epochs: float = Field(default=0.0, ge=0, description="Epochs of linear warm-up; part of epochs.")
+    min_lr: float = Field(default=1e-6, ge=0, description="Learning rate at the end.")
+    warmup_lr: float = Field(default=1e-6, ge=0, description="Learning rate of the first update of the warm-up.")
+
+
+class AugmentConfig(Section):
+    """Augmentation: albumentations pipelines, and mixup/cutmix on batches of classification."""
+
+    train: tuple[dict[str, dict[str, Any] | None], ...] = Field(
+        default=(), description="albumentations transforms of training images, each {Name: {argument: value}}."
+    )
+    eval: tuple[dict[str, dict[str, Any] | None], ...] = Field(
+        default=(), description="albumentations transforms of validation and test images."
+    )
+    mixup: float = Field(default=0.0, ge=0, description="Mixup alpha; 0: off.")
+    cutmix: float = Field(default=0.0, ge=0, description="CutMix alpha; 0: off.")
+    mixup_prob: float = Field(default=1.0, ge=0, le=1, description="Probability that a batch is mixed.")
+
+
+class TrainerConfig(Section):
+    """How the run is carried out."""
+
+    run_dir: str | None = Field(default=None, description="Run directory; null: runs/ and the name of the config file.")
+    resume: bool = Field(default=False, description="Continue the run in run_dir from its last checkpoint.")
+    precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="Mixed precision (autocast).")
+    device: Literal["auto", "cpu"] = Field(default="auto", description="auto: GPU where there is one.")
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="Decay of the exponential moving average of the weights; null: off."
+    )
+    monitor: str | None = Field(
+        default=None, description="Validation metric that chooses the best checkpoint; null: accuracy or dice."
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="Early stopping: evaluations without a better monitor; null: off."
+    )
+    eval_every: int = Field(
+        default=1, ge=1, description="Epochs between validations; the last epoch is always validated."
+    )
+    checkpoint_minutes: float | None = Field(
+        default=10.0, gt=0, description="Minutes between checkpoints within an epoch."
+    )
+    checkpoint_steps: int | None = Field(default=None, ge=1, description="Updates between checkpoints within an epoch.")
+    deterministic: bool = Field(default=True, description="Deterministic algorithms on the GPU (slower).")
+    log_every: int = Field(default=10, ge=1, description="Updates between log lines.")
+    compile: bool = Field(default=False, description="torch.compile the network.")
+
+
+class RunConfig(Section):
+    """Everything that defines a run."""
+
+    task: ClassificationTask | SegmentationTask = Field(description="What is learnt, and its loss.")
+    seed: int = Field(default=0, ge=0, description="Seed of everything random.")
+    data: SerializeAsAny[DataConfig] = Field(description="Data set; type selects the keys of this section.")
+    model: ModelConfig = Field(description="Network.")
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimiser.")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate schedule.")
+    augment: AugmentConfig = Field(default_factory=AugmentConfig, description="Augmentation.")
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig, description="Trainer.")
+
+
+TASKS = {"classification": ClassificationTask, "segmentation": SegmentationTask}

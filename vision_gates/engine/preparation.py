@@ -1,0 +1,195 @@
+"""Everything that can go wrong because of a configuration or its data, tried before anything is written."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from vision_gates.config import RunConfig, load_config
+from vision_gates.datasets.base import DataSplits, load_splits
+from vision_gates.datasets.preflight import Statistics, preflight
+from vision_gates.engine.building import RunInfo, build_info, build_loader, build_loss, build_model
+from vision_gates.engine.checkpoint import MANIFEST
+from vision_gates.engine.data import Loader, derive_seed
+from vision_gates.engine.progress import Display
+from vision_gates.engine.run_directory import RunDirectory
+from vision_gates.errors import ConfigError, UserError
+
+__all__ = ["Parts", "check_run_directory", "is_finished", "prepare"]
+
+# What a resumed run may change: it does not touch the result.
+_MAY_DIFFER = ("trainer.resume", "trainer.run_dir", "trainer.log_every", "trainer.checkpoint_", "data.workers")
+
+
+@dataclass
+class Parts:
+    """What a trainer works with."""
+
+    info: RunInfo
+    model: nn.Module
+    train: Loader
+    val: Loader
+    test: Loader | None
+
+
+def check_run_directory(run: RunDirectory, config: RunConfig) -> bool:
+    """Whether there is a run to resume.
+
+    Raises:
+        ConfigError: The directory is used and the run is not to be resumed, or was started with another configuration.
+    """
+    if not run.is_used():
+        return False
+    if not run.path.is_dir():
+        raise ConfigError(f"trainer.run_dir={run.path}: is a file; choose another trainer.run_dir")
+    if not config.trainer.resume:
+        raise ConfigError(
+            f"trainer.run_dir={run.path}: holds files already; set trainer.resume=true to go on with that run, or "
+            "another trainer.run_dir"
+        )
+    if not run.config.exists():
+        if run.checkpoints.exists():
+            raise ConfigError(f"{run.config}: is missing, so the run cannot be resumed; choose another trainer.run_dir")
+        return False
+    before = dict(_flatten(load_config(run.config).model_dump(mode="json")))
+    now = dict(_flatten(config.model_dump(mode="json")))
+    changed = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in (before | now)
+        if before.get(key) != now.get(key) and not key.startswith(_MAY_DIFFER)
+    ]
+    if changed:
+        raise ConfigError(
+            f"trainer.resume=true: {run.path} was started with another configuration: {'; '.join(changed)}; set them "
+            "back or choose another trainer.run_dir"
+        )
+    return True
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def is_finished(run: RunDirectory) -> str | None:
+    """The split that a finished run was evaluated on; None if there is still something to do."""
+    try:
+        manifest = json.loads((run.checkpoint("last") / MANIFEST).read_bytes())
+        info = RunInfo.from_dict(json.loads(run.info.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+    split = "test" if "test" in info.images else "val"
+    done = manifest.get("finished") and (run.evaluation / f"{split}.json").exists() and run.report.exists()
+    return split if done else None
+
+
+def prepare(config: RunConfig, accelerator: Accelerator, display: Display) -> Parts:
+    """Load and check the data, build the network, try it on a few training images.
+
+    Raises:
+        UserError: Whatever is wrong with the configuration or the data, in one line.
+    """
+    splits = load_splits(config.data)
+    statistics = _preflight(splits, config, accelerator, display)
+    info = build_info(config, splits, statistics)
+    share = dict(rank=accelerator.process_index, world=accelerator.num_processes)
+    pin = accelerator.device.type == "cuda"
+    train = build_loader(config, splits.train, info, train=True, pin_memory=pin, **share)
+    val = build_loader(config, splits.val, info, train=False, pin_memory=pin, **share)
+    test = None
+    if splits.test is not None:
+        test = build_loader(config, splits.test, info, train=False, pin_memory=pin, **share)
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model = build_model(config, info)
+    _try_model(config, info, model, train, accelerator)
+    _summarise(config, splits, info, model, train, accelerator, display)
+    for warning in statistics.warnings:
+        display.say(f"warning: {warning}")
+    return Parts(info, model, train, val, test)
+
+
+def _preflight(splits: DataSplits, config: RunConfig, accelerator: Accelerator, display: Display) -> Statistics:
+    """Preflight by the main process for all of them."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            with display.counting("checking images") as progress:
+                outcome = [preflight(splits, config.data, progress=progress)]
+        except UserError as error:
+            outcome = [error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    statistics: Statistics = outcome[0]
+    return statistics
+
+
+def _try_model(config: RunConfig, info: RunInfo, model: nn.Module, train: Loader, accelerator: Accelerator) -> None:
+    """A forward pass and a loss on up to 4 training images, so that a misfit shows before training."""
+    samples: list[dict[str, Any]] = []
+    for index in range(min(4, len(train.dataset))):
+        sample = train.dataset[0, index]
+        if isinstance(sample, UserError):
+            raise sample
+        samples.append(sample)
+    image = torch.stack([sample["image"] for sample in samples]).to(accelerator.device)
+    target = torch.stack([sample["target"] for sample in samples]).to(accelerator.device)
+    model.to(accelerator.device).eval()  # eval: batch statistics stay as they are
+    expected = (len(image), len(info.class_names), *target.shape[1:])
+    try:
+        with torch.no_grad(), accelerator.autocast():
+            logits = model(image)
+        if tuple(logits.shape) == expected:
+            build_loss(config, info).to(accelerator.device)(logits.float(), target)
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
+        raise ConfigError(
+            f"model.name={config.model.name}: fails on images of data.image_size={list(config.data.image_size)} with "
+            f"{info.in_chans} channels: {' '.join(str(error).split())}"
+        ) from error
+    if tuple(logits.shape) != expected:
+        raise ConfigError(
+            f"model.name={config.model.name}: gives {tuple(logits.shape)} where {expected} is needed for task.type="
+            f"{config.task.type}"
+        )
+    model.train()
+
+
+def _summarise(
+    config: RunConfig,
+    splits: DataSplits,
+    info: RunInfo,
+    model: nn.Module,
+    train: Loader,
+    accelerator: Accelerator,
+    display: Display,
+) -> None:
+    """What is about to be trained, in a few lines."""
+    height, width = config.data.image_size
+    images = ", ".join(f"{count:,} {split}" for split, count in info.images.items())
+    names = ", ".join(info.class_names[:8]) + (" ..." if len(info.class_names) > 8 else "")
+    device = accelerator.device
+    hardware = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({torch.get_num_threads()} threads)"
+    )
+    many = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
+    parameters = sum(p.numel() for p in model.parameters())
+    channels = f"{info.in_chans} channel{'s' if info.in_chans > 1 else ''}"
+    display.say(f"data     {config.data.type}: {images} images, {height} x {width}, {channels}")
+    display.say(f"classes  {len(info.class_names)}: {names}")
+    display.say(f"model    {config.model.name}, {config.task.type}, {parameters / 1e6:.2f} M parameters")
+    display.say(f"device   {many}{hardware}, precision {config.trainer.precision}")
+    display.say(
+        f"run      {config.trainer.run_dir}: {config.schedule.epochs} epochs of {len(train)} batches of "
+        f"{train.batches.batch_size} images{f' on each of {accelerator.num_processes} processes' if many else ''}"
+    )

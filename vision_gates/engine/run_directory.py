@@ -1,0 +1,174 @@
+"""A run's directory: where each file lies, and writing files so that a crash leaves the old or the new one, never half.
+
+runs/NAME/  config.yaml  run.json  environment.json  metrics.jsonl  log.txt  report.html
+            checkpoints/{last,previous,best}/  evaluation/  tensorboard/
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vision_gates
+
+__all__ = [
+    "RunDirectory",
+    "append_line",
+    "atomic_write_bytes",
+    "atomic_write_text",
+    "describe_environment",
+    "fsync_directory",
+    "read_metrics",
+    "to_json",
+    "truncate_metrics",
+]
+
+
+class RunDirectory:
+    """Paths of a run; creates nothing by itself."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.info = self.path / "run.json"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.log = self.path / "log.txt"
+        self.report = self.path / "report.html"
+        self.checkpoints = self.path / "checkpoints"
+        self.evaluation = self.path / "evaluation"
+        self.tensorboard = self.path / "tensorboard"
+
+    def checkpoint(self, name: str) -> Path:
+        """Folder of a checkpoint: last, previous or best."""
+        return self.checkpoints / name
+
+    def is_used(self) -> bool:
+        """Whether something is there already."""
+        return self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames inside a directory durable (a no-op where directories cannot be opened, as on Windows)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Replace a file by new content, durably: after a crash it holds the old content or the new."""
+    path = Path(path)
+    writing = path.with_name(f".{path.name}.writing")
+    with open(writing, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(writing, path)
+    fsync_directory(path.parent)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """``atomic_write_bytes`` of UTF-8 text."""
+    atomic_write_bytes(path, text.encode())
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Append one line, durably."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON text; NaN and infinity, which JSON lacks, become null."""
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        if isinstance(item, Mapping):
+            return {str(key): clean(inner) for key, inner in item.items()}
+        return [clean(inner) for inner in item] if isinstance(item, (list, tuple)) else item
+
+    return json.dumps(clean(value), indent=indent, ensure_ascii=False)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl, one an epoch; [] if there is none. A last line cut off by a crash is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    *lines, tail = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def truncate_metrics(path: str | Path, rows: int) -> None:
+    """Keep the first rows of a metrics.jsonl, as they are."""
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    atomic_write_text(path, "".join(f"{line}\n" for line in lines[:rows]))
+
+
+def describe_environment(*, device: torch.device, processes: int, command: Sequence[str]) -> dict[str, Any]:
+    """What a run depended on: versions, hardware, commit of the checkout if there is one, the command."""
+    versions = {}
+    for name in ("torch", "torchvision", "timm", "numpy", "accelerate", "albumentations", "opencv-python", "triton"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    on_gpu = device.type == "cuda"
+    return {
+        "vision_gates": vision_gates.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else str(device),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "processes": processes,
+        "command": list(command),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),  # noqa: UP017 (Python 3.10 has no UTC)
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this package runs from, "-dirty" added if files differ; None for an installed package."""
+    root = Path(vision_gates.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,171 @@
+"""Training losses: Dice with cross-entropy for segmentation, cross-entropy on hard or mixed labels for classification.
+
+Both compute in float32 whatever the dtype of the logits, return a scalar, and are deterministic on CPU and GPU (no
+scatter-add and no ``nll_loss2d`` in the backward pass), which exact resume needs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ClassificationLoss", "SegmentationLoss"]
+
+
+def _weight_tensor(class_weights: Tensor | None, num_classes: int | None) -> Tensor | None:
+    """Check class weights and copy them as float32, so that a later change of the argument cannot reach the loss."""
+    if class_weights is None:
+        return None
+    weights = torch.as_tensor(class_weights, dtype=torch.float32).detach().clone()
+    if weights.ndim != 1 or (num_classes is not None and len(weights) != num_classes):
+        raise ValueError(f"class_weights: one number per class ({num_classes}) is needed, got {tuple(weights.shape)}")
+    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()) or not bool(weights.any()):
+        raise ValueError(f"class_weights: finite numbers >= 0, not all zero, are needed; got {weights.tolist()}")
+    return weights
+
+
+class SegmentationLoss(nn.Module):
+    """``dice_weight * (1 - soft Dice) + (1 - dice_weight) * cross-entropy``, for any number of spatial dimensions.
+
+    The soft Dice of a class is ``(2 sum(p y) + s) / (sum(p) + sum(y) + s)`` with the sums over all pixels of the batch
+    and ``s = 1`` pixel; its mean runs over all classes, background included. A class that neither the batch nor the
+    prediction holds scores about 1, so an absent class neither gives NaN nor dominates. (Milletari et al.,
+    arXiv 1606.04797, with plain instead of squared sums; batch-wise as in nnU-Net, arXiv 1904.08128.)
+
+    Args:
+        num_classes: Number of classes C, background included, at least 2.
+        dice_weight: Share of the Dice term, from 0 (cross-entropy only) to 1 (Dice only).
+        class_weights: (C,) weights of the cross-entropy term; its mean is weighted as in ``F.cross_entropy``.
+        ignore_index: Label whose pixels take no part in either term; it may lie outside 0..C-1.
+
+    Raises:
+        ValueError: Arguments out of range.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        dice_weight: float = 0.5,
+        class_weights: Tensor | None = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes: at least 2 (background and one more) are needed, got {num_classes}")
+        if not 0.0 <= dice_weight <= 1.0:
+            raise ValueError(f"dice_weight: a number from 0 to 1 is needed, got {dice_weight}")
+        self.num_classes = num_classes
+        self.dice_weight = dice_weight
+        self.ignore_index = ignore_index
+        self.smooth = 1.0
+        self.register_buffer("class_weights", _weight_tensor(class_weights, num_classes), persistent=False)
+
+    def forward(self, logits_BCS: Tensor, target_BS: Tensor) -> Tensor:
+        """Loss of a batch.
+
+        Args:
+            logits_BCS: (B, C, *spatial) of any floating dtype, e.g. (B, C, H, W) or (B, C, D, H, W).
+            target_BS: (B, *spatial) integer labels in 0..C-1, or ``ignore_index``.
+
+        Returns:
+            Scalar float32 tensor. With every pixel ignored it is 0 and its gradient is 0.
+
+        Raises:
+            ValueError: Shapes that do not fit, or (on the CPU) a label that is no class. On a GPU such a label fails
+                as a device-side assertion, because reading it back would stall every step.
+        """
+        expected = (logits_BCS.shape[0], *logits_BCS.shape[2:])
+        if logits_BCS.ndim < 3 or logits_BCS.shape[1] != self.num_classes or tuple(target_BS.shape) != expected:
+            raise ValueError(
+                f"logits (B, {self.num_classes}, *spatial) with target (B, *spatial) are needed, "
+                f"got {tuple(logits_BCS.shape)} with {tuple(target_BS.shape)}"
+            )
+        target_BS = target_BS.long()
+        if self.ignore_index is None:
+            valid_BS = torch.ones_like(target_BS, dtype=torch.bool)
+        else:
+            valid_BS = target_BS != self.ignore_index
+            target_BS = torch.where(valid_BS, target_BS, 0)
+        if target_BS.device.type == "cpu" and target_BS.numel():
+            low, high = (int(v) for v in target_BS.aminmax())
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(f"label {low if low < 0 else high} is not in 0..{self.num_classes - 1}")
+
+        log_p_BCS = logits_BCS.float().log_softmax(dim=1)
+        # scatter_, unlike a comparison with arange, stops at a label out of range instead of dropping its pixel.
+        one_hot_BCS = torch.zeros_like(log_p_BCS, requires_grad=False).scatter_(1, target_BS.unsqueeze(1), 1.0)
+        one_hot_BCS = one_hot_BCS * valid_BS.unsqueeze(1)
+        loss = log_p_BCS.new_zeros(())
+        if self.dice_weight < 1.0:
+            weighted = one_hot_BCS
+            if self.class_weights is not None:
+                shape = (1, self.num_classes) + (1,) * (logits_BCS.ndim - 2)
+                weighted = one_hot_BCS * self.class_weights.view(shape)
+            # The tiny floor only matters when no pixel counts: then 0 / tiny = 0.
+            cross_entropy = -(weighted * log_p_BCS).sum() / weighted.sum().clamp_min(torch.finfo(torch.float32).tiny)
+            loss = loss + (1.0 - self.dice_weight) * cross_entropy
+        if self.dice_weight > 0.0:
+            dims = (0, *range(2, logits_BCS.ndim))
+            p_BCS = log_p_BCS.exp() * valid_BS.unsqueeze(1)
+            overlap_C = (p_BCS * one_hot_BCS).sum(dims)
+            size_C = p_BCS.sum(dims) + one_hot_BCS.sum(dims)
+            dice_C = (2.0 * overlap_C + self.smooth) / (size_C + self.smooth)
+            loss = loss + self.dice_weight * (1.0 - dice_C.mean())
+        return loss
+
+
+class ClassificationLoss(nn.Module):
+    """Cross-entropy with label smoothing and class weights, for class indices and for mixed (soft) labels alike.
+
+    Args:
+        label_smoothing: Share of the label mass spread over all classes, in [0, 1).
+        class_weights: (C,) weights. The mean is weighted by them for soft labels too (``F.cross_entropy`` divides by
+            the batch size there), so one-hot labels give exactly the loss of the class indices.
+
+    Raises:
+        ValueError: Arguments out of range.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(self, *, label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> None:
+        super().__init__()
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(
+                f"label_smoothing: a number from 0 up to, not including, 1 is needed; got {label_smoothing}"
+            )
+        self.label_smoothing = label_smoothing
+        self.register_buffer("class_weights", _weight_tensor(class_weights, None), persistent=False)
+
+    def forward(self, logits_BC: Tensor, target: Tensor) -> Tensor:
+        """Mean loss of a batch.
+
+        Args:
+            logits_BC: (B, C) of any floating dtype.
+            target: (B,) class indices, or (B, C) label probabilities as mixup and cutmix make them.
+
+        Returns:
+            Scalar float32 tensor.
+
+        Raises:
+            ValueError: Shapes that do not fit.
+        """
+        logits_BC = logits_BC.float()
+        if target.shape == logits_BC.shape[:1] and not target.is_floating_point():
+            return F.cross_entropy(
+                logits_BC, target.long(), weight=self.class_weights, label_smoothing=self.label_smoothing
+            )
+        if target.shape != logits_BC.shape:
+            raise ValueError(
+                f"logits (B, C) with target (B,) or (B, C) are needed, "
+                f"got {tuple(logits_BC.shape)} with {tuple(target.shape)}"
+            )
+        target = target.float()
+        if self.class_weights is None:
+            return F.cross_entropy(logits_BC, target, label_smoothing=self.label_smoothing)
+        total = F.cross_entropy(
+            logits_BC, target, weight=self.class_weights, label_smoothing=self.label_smoothing, reduction="sum"
+        )
+        return total / (target * self.class_weights).sum()
