@@ -13,8 +13,9 @@ help:  ## list the targets
 
 $(INSTALLED): pyproject.toml setup.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	@echo "installing into $(VENV), about three minutes"
+	$(BIN)/python -m pip install -qq --upgrade pip
+	$(BIN)/python -m pip install -qq --editable ".[$(EXTRAS)]"
 	@touch $@
 
 install: $(INSTALLED)  ## create .venv and install everything

@@ -184,3 +184,14 @@ def test_help_of_every_command(capfd):
 def test_models_lists_ours(capfd):
     assert cli.models(["vg_vig_atto", "format=csv"]) == 0
     assert "vg_vig_atto" in capfd.readouterr().out
+
+
+def test_console_script_starts_anew_with_sleeping_threads(monkeypatch):
+    started = []
+    monkeypatch.setattr(cli.sys, "platform", "linux")
+    monkeypatch.setattr(cli.sys, "argv", ["vision-gates", "models", "vg_vig_t*"])
+    monkeypatch.setattr(cli.os, "execv", lambda path, arguments: started.append(arguments))
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert cli.main() == 0
+    assert started == [[cli.sys.executable, "vision-gates", "models", "vg_vig_t*"]]
+    assert cli.main() == 0 and len(started) == 1, "once: the variable is set now"

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from pathlib import Path
 
 import pytest
 import timm
@@ -104,3 +105,8 @@ def test_mistakes(argv, message):
     with pytest.raises(UserError, match=message.replace("*", r"\*")) as caught:
         main(argv)
     assert "\n" not in str(caught.value)
+
+
+def test_readme_shows_this_table():
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    assert to_markdown(model_rows()).strip() in readme, "paste the output of: python tools/models.py format=markdown"

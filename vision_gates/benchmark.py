@@ -23,9 +23,16 @@ from torch import nn
 import vision_gates
 from vision_gates import kernels
 
-__all__ = ["bench_models", "bench_ops", "machine_facts", "write_rows"]
+__all__ = ["bench_models", "bench_ops", "machine_facts", "rows_table", "write_rows"]
 
 Row = dict[str, Any]
+_HEADINGS = {
+    "images_per_second": "images/s",
+    "milliseconds": "ms",
+    "ratio_low": "low",
+    "ratio_high": "high",
+    "peak_extra_mib": "peak MiB",
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -166,6 +173,39 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
             writer.writeheader()
             writer.writerows(rows)
     os.replace(partial, path)
+
+
+def rows_table(rows: Sequence[Row]) -> Any:
+    """Rows as a rich table: what differs between them in columns, what they share in one line below.
+
+    Raises:
+        ValueError: no rows.
+    """
+    from rich.table import Table
+
+    if not rows:
+        raise ValueError("there is nothing to show: no rows were measured")
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    shared = [key for key in keys if len(rows) > 1 and all(row.get(key) == rows[0].get(key) for row in rows)]
+    facts = ", ".join(f"{key.replace('_', ' ')} {_cell(rows[0][key])}" for key in shared if rows[0][key] is not None)
+    table = Table(caption=facts, caption_justify="left")
+    for key in keys:
+        if key not in shared:
+            text = isinstance(rows[0].get(key), str)
+            table.add_column(
+                _HEADINGS.get(key, key.replace("_", " ")), justify="left" if text else "right", no_wrap=True
+            )
+    for row in rows:
+        table.add_row(*(_cell(row.get(key)) for key in keys if key not in shared))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _create(name: str, size: int) -> nn.Module:

@@ -91,9 +91,8 @@ def bench(argv: Sequence[str]) -> int:
         from pathlib import Path
 
         from rich.console import Console
-        from rich.table import Table
 
-        from vision_gates.benchmark import bench_models, bench_ops, write_rows
+        from vision_gates.benchmark import bench_models, bench_ops, rows_table, write_rows
 
         kinds = {"size": int, "batch": int, "rounds": int, "mode": str, "dtype": str, "device": str}
         for key, value in settings.items():
@@ -111,15 +110,7 @@ def bench(argv: Sequence[str]) -> int:
                 write_rows(rows, Path(out))
         except ValueError as error:
             raise ConfigError(f"bench: {error}") from error
-        facts = ("device", "torch", "timm", "triton", "vision_gates", "commit", "tf32")
-        table = Table(title=", ".join(f"{key} {rows[0][key]}" for key in facts) if rows else "nothing to measure")
-        columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in facts]
-        for column in columns:
-            table.add_column(column.replace("_", " "))
-        for row in rows:
-            cells = (row.get(column) for column in columns)
-            table.add_row(*("-" if c is None else f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells))
-        Console(highlight=False).print(table)
+        Console(highlight=False).print(rows_table(rows))
         return 0
 
     return _guard(work, argv, bench)
@@ -130,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     vision-gates COMMAND --help says more about a command.
     """
+    if argv is None:
+        _let_threads_sleep()
     argv = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": train,
@@ -149,6 +142,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"there is no command {argv[0]!r}; nearest: {near}; known: {', '.join(commands)}")
 
     return _guard(work, argv, main)
+
+
+def _let_threads_sleep() -> None:
+    """Start the console script anew with GOMP_SPINCOUNT, which libgomp reads once, when torch is loaded.
+
+    By default its threads spin while they wait for each other; where another process wants the same cores, that made
+    training 30 times slower. The scripts in tools/ set it before they import torch; importing this module was too late.
+    """
+    if sys.platform == "linux" and "GOMP_SPINCOUNT" not in os.environ:
+        os.environ["GOMP_SPINCOUNT"] = "10000"
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def _guard(work: Callable[[], int], argv: Sequence[str], command: Callable[..., int]) -> int:

@@ -1,0 +1,1 @@
+"""Training and evaluation on Hugging Face Accelerate; start reading at trainer.py."""
