@@ -27,6 +27,9 @@ __all__ = ["bench_models", "bench_ops", "machine_facts", "rows_table", "write_ro
 
 Row = dict[str, Any]
 _HEADINGS = {
+    "parameters": "params",
+    "ms_forward": "fwd ms",
+    "ms_forward_backward": "fwd+bwd ms",
     "images_per_second": "images/s",
     "milliseconds": "ms",
     "ratio_low": "low",

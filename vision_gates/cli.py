@@ -110,7 +110,10 @@ def bench(argv: Sequence[str]) -> int:
                 write_rows(rows, Path(out))
         except ValueError as error:
             raise ConfigError(f"bench: {error}") from error
-        Console(highlight=False).print(rows_table(rows))
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 120  # a file or a pipe has no width of its own
+        console.print(rows_table(rows))
         return 0
 
     return _guard(work, argv, bench)

@@ -5,6 +5,7 @@ processes exchange), and compute the result from the rows in sample order, so th
 of processes changes a digit. Undefined numbers are NaN with a note, never 0.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -66,7 +67,7 @@ def _mean(values: Tensor, counted: Tensor) -> float:
     return float(values[counted].mean()) if bool(counted.any()) else _NAN
 
 
-class Metrics:
+class Metrics(ABC):
     """What both kinds of metrics share: the rows. Not used by itself; see the two subclasses.
 
     Args:
@@ -110,6 +111,7 @@ class Metrics:
             raise ValueError("no image has been evaluated")
         return sorted(self._store.items(), key=lambda item: item[0])
 
+    @abstractmethod
     def update(
         self,
         logits_or_labels: Tensor,
@@ -119,19 +121,18 @@ class Metrics:
         indices: Sequence[int] | Tensor | None = None,
     ) -> list[float | None]:
         """Add a batch; see the subclass."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self) -> list[dict[str, Any]]:
         """One flat dict an image, in sample order; see the subclass."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add the rows of another process; an image (name and index) that is known already is not counted twice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self) -> Result:
         """Metrics over every image so far."""
-        raise NotImplementedError
 
 
 class SegmentationMetrics(Metrics):
