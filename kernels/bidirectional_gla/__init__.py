@@ -1,7 +1,7 @@
 """Bidirectional gated linear attention, the token mixer of ViG (arXiv 2405.18425): the operator's public function."""
 
+import os
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ __all__ = ["bidirectional_gla"]
 
 _BACKENDS = ("reference", "triton")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_HAS_KERNEL = Path(__file__).with_name("kernel.py").is_file() and find_spec("triton") is not None
+_HAS_TRITON = find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton, too, reads it once
 
 
 def bidirectional_gla(
@@ -43,8 +44,8 @@ def bidirectional_gla(
         g_forward, g_backward: logarithms of the decays, (B, N, H, K), in [-inf, 0] (not checked: a positive one makes
             the state grow). In q's dtype or float32.
         scale: factor of the result; K ** -0.5 by default.
-        backend: "reference" (PyTorch: any device, torch.compile, torch.export, ONNX) or "triton" (CUDA). By default
-            CUDA tensors take the Triton kernel where there is one, all others the reference.
+        backend: "reference" (PyTorch: any device, torch.compile, torch.export, ONNX) or "triton" (CUDA, not float64).
+            By default CUDA tensors take the Triton kernel, float64 and all others the reference.
 
     Returns:
         (B, N, H, V) in v's dtype, differentiable in all five tensors (once).
@@ -57,15 +58,22 @@ def bidirectional_gla(
     _check_arguments(q=q, k=k, v=v, g_forward=g_forward, g_backward=g_backward)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend is None:
-        backend = "triton" if _HAS_KERNEL and q.is_cuda and q.dtype != torch.float64 else "reference"
+        # An exported graph holds plain operators, for whatever runs it.
+        on_kernel = q.is_cuda and _HAS_TRITON and q.dtype != torch.float64 and not _is_exporting()
+        backend = "triton" if on_kernel else "reference"
     if backend == "reference":
         if q.device.type == "cpu" and torch.compiler.is_dynamo_compiling() and not _is_exporting():
             return bidirectional_gla_cpu(q, k, v, g_forward, g_backward, scale)
         return bidirectional_gla_reference(q, k, v, g_forward, g_backward, scale=scale)
     if backend != "triton":
         raise ValueError(f"backend must be one of {_BACKENDS} or None, got {backend!r}")
-    if not _HAS_KERNEL:
-        raise RuntimeError("the Triton kernel of bidirectional_gla is not available in this version: use 'reference'")
+    if not _HAS_TRITON:
+        raise RuntimeError("the backend 'triton' needs the package triton: install it, or use 'reference'")
+    if not (q.is_cuda or _INTERPRETED) or q.dtype == torch.float64:
+        raise RuntimeError(
+            f"the backend 'triton' takes CUDA tensors of float32 or half precision, got {q.dtype} on {q.device}: use "
+            "'reference' (or start Python with TRITON_INTERPRET=1 to run the kernel on the CPU, slowly)"
+        )
     from vision_gates.kernels.bidirectional_gla.kernel import bidirectional_gla_triton
 
     return bidirectional_gla_triton(q, k, v, g_forward, g_backward, scale=scale)
