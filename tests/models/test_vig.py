@@ -57,10 +57,8 @@ def official_names(model: nn.Module) -> dict[str, torch.Tensor]:
     """Our state dict under the official names, written independently of the conversion under test."""
     block = {
         "mixer.local_conv": "in_proj.0",
-        "mixer.qkv": "qkv_proj",
-        "mixer.decay_down": "gk_proj.0",
         "mixer.decay_up": "gk_proj.1",
-        "mixer.gate": "g_proj",
+        "mixer.gate_bias": "g_proj.bias",
         "mixer.proj": "o_proj",
         "mixer.locality_gate.global_norm": "g_norm",
         "mixer.locality_gate.local_norm": "l_norm",
@@ -82,8 +80,15 @@ def official_names(model: nn.Module) -> dict[str, torch.Tensor]:
             key = key.replace("mlp.in_proj", "mlp.fc1").replace("mlp.out_proj", "mlp.fc2")
             if key.startswith(("norm.", "head.")):
                 key = f"classifier.{key}"
+        mixer = "attn" if plain else "op"
+        if key.endswith("mixer.in_proj.weight"):
+            dim = value.shape[1]
+            parts = value.split([2 * dim, dim, len(value) - 3 * dim])
+            for theirs, part in zip(("qkv_proj", "g_proj", "gk_proj.0"), parts, strict=True):
+                result[key.replace("mixer.in_proj", f"{mixer}.{theirs}")] = part
+            continue
         for ours, theirs in block.items():
-            key = key.replace(f"{ours}.", f"{'attn' if plain else 'op'}.{theirs}.")
+            key = key.replace(ours, f"{mixer}.{theirs}")
         result[key] = value
     return result
 
@@ -95,9 +100,17 @@ def test_every_size_converts_strictly(name, wrapper):
         model = timm.create_model(name)
     official = {f"module.{key}": value for key, value in official_names(model).items()}
     converted = checkpoint_filter_fn({wrapper: official} if wrapper else official, model)
-    assert {key: value.shape for key, value in converted.items()} == {
-        key: value.shape for key, value in model.state_dict().items()
-    }
+    model.load_state_dict(converted, strict=True)
+
+
+@pytest.mark.parametrize("name", ["vg_vig_atto", "vg_vig_h_atto"])
+def test_conversion_moves_every_value_to_its_place(name):
+    source, target = timm.create_model(name), timm.create_model(name)
+    for parameter in source.parameters():
+        nn.init.normal_(parameter)
+    target.load_state_dict(checkpoint_filter_fn(official_names(source), target), strict=True)
+    for (key, value), loaded in zip(source.state_dict().items(), target.state_dict().values(), strict=True):
+        assert torch.equal(loaded, value), key
 
 
 def test_position_embedding_of_another_resolution():

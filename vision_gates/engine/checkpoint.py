@@ -28,7 +28,7 @@ from vision_gates.errors import UserError
 __all__ = ["Checkpoint", "find_weights", "is_complete", "read_checkpoint", "write_checkpoint"]
 
 WEIGHTS, STATE, MANIFEST = "weights.safetensors", "state.pt", "manifest.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,13 @@ Paper: ViG, arXiv 2405.18425, sections 3.2 and 3.3; gated linear attention: arXi
 Suffixes: B batch, H W height and width, N = H * W tokens, C channels, D (last axis) channels of a head.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_gates.gates.locality_gate import LocalityGate
 from vision_gates.kernels.bidirectional_gla import bidirectional_gla
+from vision_gates.kernels.depthwise_conv3x3 import depthwise_conv3x3
 
 __all__ = ["BidirectionalGatedLinearAttention"]
 
@@ -39,32 +41,32 @@ class BidirectionalGatedLinearAttention(nn.Module):
             raise ValueError(f"dim must be a multiple of 2 * num_heads = {2 * num_heads}, got {dim}")
         self.num_heads = num_heads
         self.activation = activation
+        # Sizes of what one product makes of l: queries, keys, values, the gate's logits, the decays in low rank.
+        self.sizes = (dim // 2, dim // 2, dim, dim, decay_rank)
         self.local_conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, bias=False)
-        self.qkv = nn.Linear(dim, 2 * dim, bias=False)
-        self.decay_down = nn.Linear(dim, decay_rank, bias=False)
+        self.in_proj = nn.Linear(dim, sum(self.sizes), bias=False)
+        self.gate_bias = nn.Parameter(torch.zeros(dim))
         self.decay_up = nn.Linear(decay_rank, dim)
-        self.gate = nn.Linear(dim, dim)
-        self.locality_gate = LocalityGate(dim // num_heads, eps=eps)
+        self.locality_gate = LocalityGate(dim // num_heads, eps=eps, activation=activation)
         self.proj = nn.Linear(dim, dim, bias=False)
+        self.register_load_state_dict_pre_hook(_join_projections)
 
     def init_weights(self) -> None:
         """Xavier-uniform with gain 2^-2.5 for every projection and for the convolution; biases zero."""
-        for module in (self.local_conv, self.qkv, self.decay_down, self.decay_up, self.gate, self.proj):
-            nn.init.xavier_uniform_(module.weight, gain=_INIT_GAIN)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        qkv, gate, decay_down = self.in_proj.weight.split((2 * self.sizes[2], self.sizes[3], self.sizes[4]))
+        for weight in (self.local_conv.weight, qkv, gate, decay_down, self.decay_up.weight, self.proj.weight):
+            nn.init.xavier_uniform_(weight, gain=_INIT_GAIN)
+        nn.init.zeros_(self.gate_bias)
+        nn.init.zeros_(self.decay_up.bias)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Map (B, H, W, C), already normalised, to (B, H, W, C)."""
         B, H, W, C = x_BHWC.shape
-        # Channels stay last in memory: the convolution sees an NCHW view of the same bytes.
-        local_BHWC = self.local_conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if self.activation:
-            local_BHWC = F.silu(local_BHWC)
-        local_BNC = local_BHWC.reshape(B, H * W, C)
-
-        q, k, v = self.qkv(local_BNC).split((C // 2, C // 2, C), dim=-1)
-        decay_BNC = F.logsigmoid(self.decay_up(self.decay_down(local_BNC))) / _DECAY_TEMPERATURE
+        local_BHWC = depthwise_conv3x3(x_BHWC, self.local_conv.weight, activation=self.activation)
+        local_BNC = local_BHWC.view(B, H * W, C)
+        bias = F.pad(self.gate_bias, (2 * C, self.sizes[-1]))
+        q, k, v, gate_BNC, low_rank = F.linear(local_BNC, self.in_proj.weight, bias).split(self.sizes, dim=-1)
+        decay_BNC = F.logsigmoid(self.decay_up(low_rank)) / _DECAY_TEMPERATURE
         decay_forward, decay_backward = decay_BNC.chunk(2, dim=-1)
         heads = (self.num_heads, -1)
         global_BNHD = bidirectional_gla(
@@ -74,10 +76,14 @@ class BidirectionalGatedLinearAttention(nn.Module):
             decay_forward.unflatten(-1, heads),
             decay_backward.unflatten(-1, heads),
         )
-        mixed_BNHD = self.locality_gate(
-            global_BNHD, local_BNC.unflatten(-1, heads), self.gate(local_BNC).unflatten(-1, heads)
-        )
-        mixed_BNC = mixed_BNHD.flatten(2)
-        if self.activation:
-            mixed_BNC = F.silu(mixed_BNC)
-        return self.proj(mixed_BNC).view(B, H, W, C)
+        mixed_BNHD = self.locality_gate(global_BNHD, local_BNC.unflatten(-1, heads), gate_BNC.unflatten(-1, heads))
+        return self.proj(mixed_BNHD.flatten(2)).view(B, H, W, C)
+
+
+def _join_projections(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Official checkpoints hold the three projections of l apart; here they are one."""
+    parts = [f"{prefix}{name}.weight" for name in ("qkv", "gate", "decay_down")]
+    if all(key in state_dict for key in parts):
+        state_dict[f"{prefix}in_proj.weight"] = torch.cat([state_dict.pop(key) for key in parts])
+    if f"{prefix}gate.bias" in state_dict:
+        state_dict[f"{prefix}gate_bias"] = state_dict.pop(f"{prefix}gate.bias")

@@ -6,11 +6,16 @@ Paper: GLU Variants Improve Transformer, arXiv 2002.05202.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_gates.kernels.swiglu_linear import swiglu_linear
+
 __all__ = ["SwiGLU"]
 
 
 class SwiGLU(nn.Module):
     """Gated feed-forward layer on the last axis, without biases.
+
+    ``in_proj`` is not called but read: its product and the gate are one kernel. Something else in its place (LoRA,
+    quantisation, a bias) or a hook on it is called as usual.
 
     Args:
         dim: channels in and out.
@@ -24,5 +29,19 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., dim) to (..., dim)."""
+        if _is_plain_linear(self.in_proj):
+            return self.out_proj(swiglu_linear(x, self.in_proj.weight))
         gate, value = self.in_proj(x).chunk(2, dim=-1)
         return self.out_proj(F.silu(gate) * value)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling the module is F.linear with its weight and nothing more."""
+    return (
+        type(module) is nn.Linear
+        and module.bias is None
+        and "forward" not in module.__dict__  # accelerate's hooks replace it
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+    )

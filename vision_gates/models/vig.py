@@ -19,8 +19,9 @@ from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vision_gates.gates import BidirectionalGatedLinearAttention, SwiGLU
+from vision_gates.gates import BidirectionalGatedLinearAttention, SwiGLU, add_norm
 from vision_gates.models._build import build_model
+from vision_gates.models._stem import embed_patches
 
 __all__ = ["HierarchicalViG", "ViG"]
 
@@ -56,8 +57,9 @@ class ViGBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        x_BHWC = x_BHWC + self.drop_path(self.mixer(self.norm1(x_BHWC)))
-        return x_BHWC + self.drop_path(self.mlp(self.norm2(x_BHWC)))
+        normed_BHWC, x_BHWC = add_norm(x_BHWC, None, self.norm1)
+        normed_BHWC, x_BHWC = add_norm(self.drop_path(self.mixer(normed_BHWC)), x_BHWC, self.norm2)
+        return x_BHWC + self.drop_path(self.mlp(normed_BHWC))
 
 
 def _drop_path_rates(last: float, depth: int) -> list[float]:
@@ -304,7 +306,7 @@ class ViG(_ViGBase):
 
     def _embed(self, x_BCHW: Tensor) -> Tensor:
         H, W = self._grid(*x_BCHW.shape[-2:])
-        x_BHWC = self.stem(x_BCHW).permute(0, 2, 3, 1)
+        x_BHWC = self.stem[1:](embed_patches(x_BCHW, self.stem[0])).permute(0, 2, 3, 1)
         # Under autocast the sum is float32, and so is the residual stream from here on.
         return x_BHWC + _resize_pos_embed(self.pos_embed, self.grid_size, (H, W)).view(1, H, W, -1)
 
@@ -469,9 +471,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         state_dict = {_from_official_name(key): value for key, value in state_dict.items()}
     source = state_dict.get("pos_embed")
     if isinstance(model, ViG) and source is not None and source.shape[1] != model.pos_embed.shape[1]:
-        side = round(
-            source.shape[1] ** 0.5
-        )  # official embeddings are square; ours of another shape need their own grid
+        side = round(source.shape[1] ** 0.5)  # official embeddings are square
         if side * side != source.shape[1]:
             raise ValueError(
                 f"pos_embed of {source.shape[1]} tokens is not of a square image: build the model with the img_size "
