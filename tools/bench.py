@@ -1,4 +1,4 @@
-"""Measure speed on this machine: python tools/bench.py models"""
+"""Measure speed on this machine: python tools/bench.py models; python tools/bench.py --help says more."""
 
 import os
 import sys

@@ -75,46 +75,44 @@ def models(argv: Sequence[str]) -> int:
 
 
 def bench(argv: Sequence[str]) -> int:
-    """usage: bench models [NAME ...] [size=224 batch=8 mode=training|inference dtype=float32 rounds=10 out=FILE.csv]
-           bench ops [out=FILE.csv]
+    """usage: bench models [NAME ...] [key=value ...]
+           bench ops [NAME ...] [key=value ...]
 
-    Measure speed on this machine. models: images/s of timm models, compared with the last one; ops: the operators.
+    Measure speed and memory on this machine, peers and ours in one run and one table.
+
+    bench models times timm models on random images, interleaved, and compares each with the last one of the same size
+    and runtime. Without names: vg_vig_tiny deit_tiny_patch16_224.
+        size=224              or several: size=224,512,1024,2048
+        batch=8               or auto: 128 images at 224 pixels, and as many pixels at other sizes
+        mode=training         forward and backward; or inference
+        dtype=float32         or bfloat16, float16: autocast in training, the weights' type in inference
+        runtime=eager         or several of eager,compiled,graph: torch.compile, and that with CUDA graphs (inference)
+        rounds=10             each round times every model for about 0.05 s, at least once
+        profile=false         true lists the longest kernels of one pass, too
+    bench ops checks and times operators of this package, each beside its peers (fla if it is installed). An operator
+    with a wrong result gets no speed. Without names: all of them.
+        dtype=                float32, bfloat16, float16; by default what each operator's bench.py chooses
+        seconds=0.2           about how long each number is measured
+        peers=true            false leaves the peers out
+        cold=false            true adds the first call of a new process, everything compiled anew
+    Both:
+        device=               cuda or cpu; by default the GPU if there is one
+        out=                  FILE.csv, FILE.json, or a folder for rows.csv, rows.json and, of models, speed.png
+
+    Examples:
         bench models vg_vig_tiny deit_tiny_patch16_224 batch=4
+        bench models mode=inference dtype=bfloat16 size=224,512,1024,2048 batch=auto runtime=eager,graph out=speed/
+        bench ops bidirectional_gla cold=true out=ops.csv
+
+    ms is the median; low and high are the smallest and largest ratio of a round. Of an operator, ms counts what the
+    host needs to launch kernels, graph ms does not; GB/s counts inputs and results once, beside a plain copy's.
+    Exit code 1: something failed and has no number; out of memory is no failure.
     """
 
     def work() -> int:
-        what, *names = [text for text in argv if "=" not in text] or [""]
-        if what not in ("models", "ops"):
-            raise ConfigError(f"bench: models or ops is needed, found {what or 'nothing'}")
-        settings = dict(text.split("=", 1) for text in argv if "=" in text)
-        out = settings.pop("out", None)
-        from pathlib import Path
+        from vision_gates.benchmark.command import run
 
-        from rich.console import Console
-
-        from vision_gates.benchmark import bench_models, bench_ops, rows_table, write_rows
-
-        kinds = {"size": int, "batch": int, "rounds": int, "mode": str, "dtype": str, "device": str}
-        for key, value in settings.items():
-            if what == "ops" or key not in kinds:
-                raise ConfigError(f"{key}={value}: no such setting; bench {what} --help lists them")
-            if kinds[key] is int and not value.isdigit():
-                raise ConfigError(f"{key}={value}: a whole number is needed")
-        try:
-            if what == "models":
-                options = {key: kinds[key](value) for key, value in settings.items()}
-                rows = bench_models(names or ["vg_vig_tiny", "deit_tiny_patch16_224"], **options)
-            else:
-                rows = bench_ops()
-            if out is not None:
-                write_rows(rows, Path(out))
-        except ValueError as error:
-            raise ConfigError(f"bench: {error}") from error
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console.width = 120  # a file or a pipe has no width of its own
-        console.print(rows_table(rows))
-        return 0
+        return run(argv)
 
     return _guard(work, argv, bench)
 
