@@ -139,7 +139,7 @@ def _harsh_scores(q, k, gf, gb, T: tl.constexpr, LEVELS: tl.constexpr, PRECISION
 # -------------------------------------------------------------------------------------------------------------- forward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N", "n_segments", "segment_chunks"))  # one kernel for all numbers of tokens
 def _gla_forward_kernel(
     q_ptr, k_ptr, v_ptr, gf_ptr, gb_ptr, o_ptr, carried_ptr, scratch_ptr,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h, o_b, o_n, o_h,
@@ -250,7 +250,7 @@ def _gla_forward_kernel(
 # --------------------------------------------------------------------------------------------- states between segments
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N", "n_segments", "segment_chunks"))  # one kernel for all numbers of tokens
 def _gla_states_kernel(
     q_ptr, k_ptr, v_ptr, gf_ptr, gb_ptr, do_ptr, entering_ptr, reach_ptr, sums_ptr, totals_ptr,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h, do_b, do_n, do_h,
@@ -341,7 +341,7 @@ def _then(decay_1, state_1, decay_2, state_2):
     return decay_1 * decay_2, decay_2 * state_1 + state_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_segments",))  # one kernel for all numbers of tokens
 def _gla_scan_kernel(
     states_ptr, totals_ptr, H, n_segments, n_v_blocks,
     BK: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr,
@@ -396,7 +396,7 @@ def _enter(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N", "n_segments", "segment_chunks"))  # one kernel for all numbers of tokens
 def _gla_backward_kernel(
     q_ptr, k_ptr, v_ptr, gf_ptr, gb_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, dgf_ptr, dgb_ptr,
     entering_ptr, reach_ptr, carried_ptr,

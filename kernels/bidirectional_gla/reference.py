@@ -106,7 +106,7 @@ def _may_read_data(x: Tensor) -> bool:
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager:
     # Autocast would run the products in half precision. Entered only when needed, to keep exported graphs plain.
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

@@ -5,11 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
 from vision_gates.engine import trainer as trainer_module
-from vision_gates.engine.building import RunInfo, build_model, load_run
+from vision_gates.engine.building import RunInfo, _load_weights, build_model, load_run
 from vision_gates.engine.data import derive_seed
 from vision_gates.engine.run_directory import read_metrics
 from vision_gates.engine.trainer import Trainer, train
@@ -184,6 +185,22 @@ def test_half_precision_needs_a_gpu(make_config, quiet):
     with pytest.raises(ConfigError, match="trainer.precision=fp16: needs a GPU"):
         train(config, console=quiet)
     assert not Path(config.trainer.run_dir).exists()
+
+
+def test_start_from_weights_in_another_layout(tmp_path):
+    """ViG's mixer joins projections that official checkpoints hold apart, when it loads them."""
+    source, target = (timm.create_model("vg_vig_atto", depth=1, num_classes=2) for _ in range(2))
+    apart = {}
+    for key, value in source.state_dict().items():
+        if key.endswith("mixer.in_proj.weight"):
+            names, sizes = ("qkv", "gate", "decay_down"), (192, 96, 16)
+            for name, part in zip(names, value.split(sizes), strict=True):
+                apart[key.replace("in_proj", name)] = part.clone()
+        else:
+            apart[key.replace("gate_bias", "gate.bias")] = value
+    torch.save(apart, tmp_path / "apart.pth")
+    _load_weights(target, str(tmp_path / "apart.pth"))
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in target.state_dict().items())
 
 
 def test_start_from_a_checkpoint(make_config, quiet, monkeypatch):

@@ -218,3 +218,31 @@ def test_add_norm_of_something_like_an_rms_norm_calls_it():
 
     x = torch.randn(3, 8)
     torch.testing.assert_close(add_norm(x, x, Doubled(8, eps=1e-6))[0], 2 * rms(2 * x, 1.0))
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm(8), nn.RMSNorm(8, elementwise_affine=False, eps=1e-6), nn.RMSNorm((4, 8))])
+def test_add_norm_takes_norms_that_the_operator_does_not(norm):
+    x, residual = torch.randn(2, 3, 4, 8).unbind()
+    normed, total = add_norm(x, residual, norm)
+    torch.testing.assert_close(normed, norm(x + residual))
+    torch.testing.assert_close(total, x + residual)
+
+
+def test_hooks_on_a_norm_run():
+    norm, seen = nn.RMSNorm(8, eps=1e-6), []
+    norm.register_forward_hook(lambda *_: seen.append(True))
+    add_norm(torch.randn(3, 8), None, norm)
+    assert seen
+
+
+def test_another_input_projection_is_called():
+    """As LoRA and quantisation put it in place of the Linear."""
+    mixer = BidirectionalGatedLinearAttention(16, num_heads=2, activation=True).double()
+    nn.init.normal_(mixer.gate_bias)
+    x = torch.randn(2, 3, 4, 16, dtype=torch.float64)
+    expected = mixer(x)
+    mixer.in_proj = nn.Sequential(mixer.in_proj)
+    torch.testing.assert_close(mixer(x), expected)
+    with torch.no_grad():
+        mixer.in_proj[0].weight *= 2
+    assert not torch.allclose(mixer(x), expected)

@@ -159,6 +159,7 @@ def _load_weights(network: nn.Module, source: str) -> None:
         raise ConfigError(f"model.checkpoint: {path}: cannot be read: {' '.join(str(error).split())}") from error
     parts = [part for part in (network, getattr(network, "encoder", None)) if isinstance(part, nn.Module)]
     part = max(parts, key=lambda p: len(p.state_dict().keys() & weights.keys()))
+    weights = _in_present_layout(part, weights)
     own = part.state_dict()
     fits = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
     # The names of classifier and segmentation head differ between networks; by convention they contain these words.
@@ -169,6 +170,15 @@ def _load_weights(network: nn.Module, source: str) -> None:
             f"first {wrong[0]}; model.name and model.options must be those of the checkpoint"
         )
     part.load_state_dict(fits, strict=False)
+
+
+def _in_present_layout(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What load_state_dict's hooks make of weights in an official or earlier layout, before any are compared."""
+    weights = dict(weights)
+    for name, module in network.named_modules():
+        for hook in module._load_state_dict_pre_hooks.values():
+            hook(weights, f"{name}." if name else "", {}, False, [], [], [])
+    return weights
 
 
 def build_loss(config: RunConfig, info: RunInfo) -> nn.Module:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_gates.gates.locality_gate import LocalityGate
+from vision_gates.gates.swiglu import is_plain_linear
 from vision_gates.kernels.bidirectional_gla import bidirectional_gla
 from vision_gates.kernels.depthwise_conv3x3 import depthwise_conv3x3
 
@@ -65,7 +66,11 @@ class BidirectionalGatedLinearAttention(nn.Module):
         local_BHWC = depthwise_conv3x3(x_BHWC, self.local_conv.weight, activation=self.activation)
         local_BNC = local_BHWC.view(B, H * W, C)
         bias = F.pad(self.gate_bias, (2 * C, self.sizes[-1]))
-        q, k, v, gate_BNC, low_rank = F.linear(local_BNC, self.in_proj.weight, bias).split(self.sizes, dim=-1)
+        if is_plain_linear(self.in_proj):
+            projected = F.linear(local_BNC, self.in_proj.weight, bias)
+        else:  # LoRA, quantisation, hooks
+            projected = self.in_proj(local_BNC) + bias
+        q, k, v, gate_BNC, low_rank = projected.split(self.sizes, dim=-1)
         decay_BNC = F.logsigmoid(self.decay_up(low_rank)) / _DECAY_TEMPERATURE
         decay_forward, decay_backward = decay_BNC.chunk(2, dim=-1)
         heads = (self.num_heads, -1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vision_gates.kernels.swiglu_linear import swiglu_linear
 
-__all__ = ["SwiGLU"]
+__all__ = ["SwiGLU", "is_plain_linear"]
 
 
 class SwiGLU(nn.Module):
@@ -29,13 +29,13 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., dim) to (..., dim)."""
-        if _is_plain_linear(self.in_proj):
+        if is_plain_linear(self.in_proj):
             return self.out_proj(swiglu_linear(x, self.in_proj.weight))
         gate, value = self.in_proj(x).chunk(2, dim=-1)
         return self.out_proj(F.silu(gate) * value)
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling the module is F.linear with its weight and nothing more."""
     return (
         type(module) is nn.Linear
