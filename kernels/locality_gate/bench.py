@@ -21,7 +21,7 @@ __all__ = ["CPU_SHAPES", "CUDA_SHAPES", "example", "rows"]
 # (B, N, H, V): ViG-T on 224 x 224 and on 1024 x 1024, ViG-B on 224 x 224.
 CPU_SHAPES = ((8, 196, 3, 64),)
 CUDA_SHAPES = ((128, 196, 3, 64), (8, 4096, 3, 64), (128, 196, 12, 64))
-_NAMES = ("the output", "do", "dl", "dg_logits", "dw_o", "dw_l")
+_NAMES = ("the output", "do", "dl", "dg_logits", "dw_o", "dw_l", "dgate_bias")
 
 
 def rows(
@@ -35,18 +35,18 @@ def rows(
 ) -> list[dict[str, Any]]:
     """Check and time each backend, then the peer, on each shape (B, N, H, V); columns as in ``timing.measure``.
 
-    Defaults: CPU_SHAPES in float32, or CUDA_SHAPES in bfloat16 with float32 weights; with ViG-T's activation. The peer:
-    on a GPU, the reference under torch.compile. Each number is measured for about ``min_seconds``. ``worst_error`` is
-    the largest error of the output and of the gradients.
+    Defaults: CPU_SHAPES in float32, or CUDA_SHAPES in bfloat16 with float32 weights; with ViG-T's activation. The gate
+    has a bias, as ViG's. The peer: on a GPU, the reference under torch.compile. Each number is measured for about
+    ``min_seconds``. ``worst_error`` is the largest error of the output and of the gradients.
     Raises RuntimeError when a backend or the peer misses its error limit.
     """
     device = torch.device(device)
     on_cuda = device.type == "cuda"
     dtype = dtype or (torch.bfloat16 if on_cuda else torch.float32)
     about = {"dtype": str(dtype).removeprefix("torch."), "activation": activation, **machine_facts(device)}
-    functions = {"reference": partial(operator.locality_gate, activation=activation, backend="reference")}
+    functions = {"reference": partial(_locality_gate, activation=activation, backend="reference")}
     if on_cuda and operator._HAS_TRITON:
-        functions["triton"] = partial(operator.locality_gate, activation=activation, backend="triton")
+        functions["triton"] = partial(_locality_gate, activation=activation, backend="triton")
     if on_cuda and peers:
         composition = partial(locality_gate_reference, activation=activation)
         functions["torch.compile"] = torch.compile(composition, dynamic=False)
@@ -76,15 +76,20 @@ def rows(
 def example(device: torch.device) -> tuple[Callable[..., Tensor], list[Tensor], Tensor]:
     """The operator, arguments of the first shape and a gradient of the output: what a cold process runs once."""
     shape, dtype = (CUDA_SHAPES[0], torch.bfloat16) if device.type == "cuda" else (CPU_SHAPES[0], torch.float32)
-    return operator.locality_gate, *_inputs(shape, device, dtype)
+    return _locality_gate, *_inputs(shape, device, dtype)
+
+
+def _locality_gate(*tensors: Tensor, **options: Any) -> Tensor:
+    return operator.locality_gate(*tensors[:-1], gate_bias=tensors[-1], **options)
 
 
 def _inputs(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Both views, logits, both weights in float32, and a gradient of the output."""
+    """Both views, logits, both weights and the bias in float32, and a gradient of the output."""
     generator = torch.Generator().manual_seed(0)
     o, local, logits, dy = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
     w_o, w_l = (torch.rand(shape[-1], generator=generator).to(device) + 0.5 for _ in range(2))
-    return [x.requires_grad_() for x in (o, local, logits, w_o, w_l)], dy
+    gate_bias = torch.randn(shape[-2:], generator=generator).to(device)
+    return [x.requires_grad_() for x in (o, local, logits, w_o, w_l, gate_bias)], dy
 
 
 def _run(function: Callable[..., Tensor], tensors: Sequence[Tensor], dy: Tensor) -> list[Tensor]:

@@ -5,9 +5,10 @@ in float32 and writes in the dtype of the arguments. The backward pass normalise
 forward pass had, so only the arguments are saved.
 
 Row axes fold into (A, T, H) wherever all tensors can walk two axes as one: all of them for dense tensors, tokens and
-heads for slices of a wider projection. A tile is R steps along T at one index of A and of H.
+heads for slices of a wider projection. A tile is R steps along T at one index of A and of H. With a bias of the gate H
+is the heads and nothing else, so a tile needs one row of the bias.
 
-Suffixes: X any leading axes, A T H folded row axes, R rows of a tile, V channels of a head, P programs.
+Suffixes: X any leading axes, A T H folded row axes, R rows of a tile, V channels of a head, P programs, K sums.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ _NUM_WARPS = 4
 # Elements of a tile: enough bytes in flight to fill the memory's pipeline, few enough for registers.
 _FORWARD_TILE = 2048
 _BACKWARD_TILE = 1024
-# Programs of the backward pass. Fixed, so that the sums over rows have the same order on every GPU.
+# Programs of the backward pass, about. Fixed, so that the sums over rows have the same order on every GPU.
 _BACKWARD_PROGRAMS = 1024
 
 # Sizes and strides change from call to call: without specialisation a kernel compiles once for all of them.
@@ -79,13 +80,18 @@ def _sigmoids(x):
     return s, e * s
 
 
+@triton.jit
+def _load_channels(x, v_V, inside_V):
+    return tl.load(x + v_V, mask=inside_V, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=_SIZES + _STRIDES)
 def _locality_gate_forward_kernel(
-    o, l, g, w_o, w_l, y,  # noqa: E741
+    o, l, g, w_o, w_l, b, y,  # noqa: E741
     o_A, o_T, o_H, l_A, l_T, l_H, g_A, g_T, g_H,
     n_T, tiles_T, eps,
     V: tl.constexpr, H: tl.constexpr, R: tl.constexpr, BLOCK_V: tl.constexpr, UNIT: tl.constexpr,
-    FLAT: tl.constexpr, ACTIVATION: tl.constexpr,
+    FLAT: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     a, t, h = _locate(tl.program_id(0), tiles_T, R, H, FLAT)
     r_R, v_V = tl.arange(0, R).to(tl.int64), tl.arange(0, BLOCK_V)
@@ -93,9 +99,11 @@ def _locality_gate_forward_kernel(
     inside_RV = inside_R[:, None] & inside_V[None, :]
     o_RV = _load(o, a, t, h, o_A, o_T, o_H, r_R, v_V, inside_RV, UNIT)
     l_RV = _load(l, a, t, h, l_A, l_T, l_H, r_R, v_V, inside_RV, UNIT)
-    s_RV, rest_RV = _sigmoids(_load(g, a, t, h, g_A, g_T, g_H, r_R, v_V, inside_RV, UNIT))
-    w_o_V = tl.load(w_o + v_V, mask=inside_V, other=0.0).to(tl.float32)
-    w_l_V = tl.load(w_l + v_V, mask=inside_V, other=0.0).to(tl.float32)
+    g_RV = _load(g, a, t, h, g_A, g_T, g_H, r_R, v_V, inside_RV, UNIT)
+    w_o_V, w_l_V = _load_channels(w_o, v_V, inside_V), _load_channels(w_l, v_V, inside_V)
+    if BIASED:
+        g_RV += _load_channels(b + h * V, v_V, inside_V)[None, :]
+    s_RV, rest_RV = _sigmoids(g_RV)
 
     global_RV = o_RV * _inverse_rms(o_RV, inside_R, eps, V) * w_o_V[None, :]
     local_RV = l_RV * _inverse_rms(l_RV, inside_R, eps, V) * w_l_V[None, :]
@@ -108,18 +116,20 @@ def _locality_gate_forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES + _STRIDES)
 def _locality_gate_backward_kernel(
-    dy, o, l, g, w_o, w_l, do, dl, dg, dw_P2V,  # noqa: E741
+    dy, o, l, g, w_o, w_l, b, do, dl, dg, sums_PKV,  # noqa: E741
     dy_A, dy_T, dy_H, o_A, o_T, o_H, l_A, l_T, l_H, g_A, g_T, g_H,
     n_tiles, n_T, tiles_T, eps,
     V: tl.constexpr, H: tl.constexpr, R: tl.constexpr, BLOCK_V: tl.constexpr, UNIT: tl.constexpr,
-    FLAT: tl.constexpr, ACTIVATION: tl.constexpr,
+    FLAT: tl.constexpr, BIASED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     r_R, v_V = tl.arange(0, R).to(tl.int64), tl.arange(0, BLOCK_V)
     inside_V = v_V < V
-    w_o_V = tl.load(w_o + v_V, mask=inside_V, other=0.0).to(tl.float32)
-    w_l_V = tl.load(w_l + v_V, mask=inside_V, other=0.0).to(tl.float32)
+    w_o_V, w_l_V = _load_channels(w_o, v_V, inside_V), _load_channels(w_l, v_V, inside_V)
     dw_o_RV = tl.zeros((R, BLOCK_V), dtype=tl.float32)
     dw_l_RV = tl.zeros((R, BLOCK_V), dtype=tl.float32)
+    if BIASED:  # the launcher sees to it that all tiles of a program have the same h
+        b_V = _load_channels(b + tl.program_id(0) % H * V, v_V, inside_V)
+        db_RV = tl.zeros((R, BLOCK_V), dtype=tl.float32)
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         a, t, h = _locate(tile, tiles_T, R, H, FLAT)
         inside_R = r_R < n_T - t
@@ -127,7 +137,10 @@ def _locality_gate_backward_kernel(
         dy_RV = _load(dy, a, t, h, dy_A, dy_T, dy_H, r_R, v_V, inside_RV, UNIT)
         o_RV = _load(o, a, t, h, o_A, o_T, o_H, r_R, v_V, inside_RV, UNIT)
         l_RV = _load(l, a, t, h, l_A, l_T, l_H, r_R, v_V, inside_RV, UNIT)
-        s_RV, rest_RV = _sigmoids(_load(g, a, t, h, g_A, g_T, g_H, r_R, v_V, inside_RV, UNIT))
+        g_RV = _load(g, a, t, h, g_A, g_T, g_H, r_R, v_V, inside_RV, UNIT)
+        if BIASED:
+            g_RV += b_V[None, :]
+        s_RV, rest_RV = _sigmoids(g_RV)
 
         # The forward pass again; o and l without their weights from here on.
         scale_o_R1, scale_l_R1 = _inverse_rms(o_RV, inside_R, eps, V), _inverse_rms(l_RV, inside_R, eps, V)
@@ -143,6 +156,8 @@ def _locality_gate_backward_kernel(
         dg_RV = dl_RV * s_RV * (global_RV - local_RV)
         dw_o_RV += do_RV * o_RV
         dw_l_RV += dl_RV * l_RV
+        if BIASED:
+            db_RV += dg_RV
         # Through the normalisation: what points along the row cannot change it.
         do_RV *= w_o_V[None, :]
         dl_RV *= w_l_V[None, :]
@@ -153,9 +168,11 @@ def _locality_gate_backward_kernel(
         tl.store(do + offset_RV, do_RV.to(do.dtype.element_ty), mask=inside_RV)
         tl.store(dl + offset_RV, dl_RV.to(dl.dtype.element_ty), mask=inside_RV)
         tl.store(dg + offset_RV, dg_RV.to(dg.dtype.element_ty), mask=inside_RV)
-    dw_2V = dw_P2V + tl.program_id(0) * 2 * V
-    tl.store(dw_2V + v_V, tl.sum(dw_o_RV, axis=0), mask=inside_V)
-    tl.store(dw_2V + V + v_V, tl.sum(dw_l_RV, axis=0), mask=inside_V)
+    sums_KV = sums_PKV + tl.program_id(0) * (3 if BIASED else 2) * V
+    tl.store(sums_KV + v_V, tl.sum(dw_o_RV, axis=0), mask=inside_V)
+    tl.store(sums_KV + V + v_V, tl.sum(dw_l_RV, axis=0), mask=inside_V)
+    if BIASED:
+        tl.store(sums_KV + 2 * V + v_V, tl.sum(db_RV, axis=0), mask=inside_V)
 
 
 # ------------------------------------------------------------------------------------------------------- launchers
@@ -172,48 +189,74 @@ class _Walk(NamedTuple):
 
 
 def _forward(
-    o_XV: Tensor, l_XV: Tensor, g_XV: Tensor, w_o_V: Tensor, w_l_V: Tensor, eps: float, activation: bool
+    o_XV: Tensor,
+    l_XV: Tensor,
+    g_XV: Tensor,
+    w_o_V: Tensor,
+    w_l_V: Tensor,
+    b_HV: Tensor | None,
+    eps: float,
+    activation: bool,
 ) -> Tensor:
-    inputs, walk = _plan(o_XV, l_XV, g_XV)
+    inputs, walk = _plan(o_XV, l_XV, g_XV, keep_heads=b_HV is not None)
     y_XV = torch.empty(o_XV.shape, dtype=o_XV.dtype, device=o_XV.device)
     constants, tiles_T = _uncached_in_traces(_tile, o_XV)(walk, int(o_XV.shape[-1]), _FORWARD_TILE)
     with _device_guard(o_XV):
         traceable(_locality_gate_forward_kernel, o_XV)[(walk.n_A * tiles_T * walk.n_H,)](
-            *inputs, w_o_V.contiguous(), w_l_V.contiguous(), y_XV, *walk.strides, walk.n_T, tiles_T, eps,
-            ACTIVATION=activation, num_warps=_NUM_WARPS, **constants,
+            *inputs, *_parameters(w_o_V, w_l_V, b_HV), y_XV, *walk.strides, walk.n_T, tiles_T, eps,
+            BIASED=b_HV is not None, ACTIVATION=activation, num_warps=_NUM_WARPS, **constants,
         )  # fmt: skip
     return y_XV
 
 
 def _backward(
-    dy_XV: Tensor, o_XV: Tensor, l_XV: Tensor, g_XV: Tensor, w_o_V: Tensor, w_l_V: Tensor, eps: float, activation: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of o, l and g, and of both weights as one (2, V) in float32."""
-    inputs, walk = _plan(dy_XV, o_XV, l_XV, g_XV)
+    dy_XV: Tensor,
+    o_XV: Tensor,
+    l_XV: Tensor,
+    g_XV: Tensor,
+    w_o_V: Tensor,
+    w_l_V: Tensor,
+    b_HV: Tensor | None,
+    eps: float,
+    activation: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of o, l and g, of both weights as one (2, V) and of the bias, (H, V) or empty; the last two float32."""
+    inputs, walk = _plan(dy_XV, o_XV, l_XV, g_XV, keep_heads=b_HV is not None)
     do_XV, dl_XV, dg_XV = (torch.empty(o_XV.shape, dtype=o_XV.dtype, device=o_XV.device) for _ in range(3))
     constants, tiles_T = _uncached_in_traces(_tile, o_XV)(walk, int(o_XV.shape[-1]), _BACKWARD_TILE)
     n_tiles = walk.n_A * tiles_T * walk.n_H
-    n_programs = min(n_tiles, _BACKWARD_PROGRAMS)
-    dw_P2V = torch.empty((n_programs, 2, o_XV.shape[-1]), dtype=torch.float32, device=o_XV.device)
+    # With a bias a multiple of the number of heads: then no program meets two of them, and it sums its head's gradient.
+    n_heads = 1 if b_HV is None else b_HV.shape[0]
+    n_programs = min(n_tiles, max(1, _BACKWARD_PROGRAMS // n_heads) * n_heads)
+    n_sums = 2 if b_HV is None else 3
+    sums_PKV = torch.empty((n_programs, n_sums, o_XV.shape[-1]), dtype=torch.float32, device=o_XV.device)
     with _device_guard(o_XV):
         traceable(_locality_gate_backward_kernel, o_XV)[(n_programs,)](
-            *inputs, w_o_V.contiguous(), w_l_V.contiguous(), do_XV, dl_XV, dg_XV, dw_P2V,
+            *inputs, *_parameters(w_o_V, w_l_V, b_HV), do_XV, dl_XV, dg_XV, sums_PKV,
             *walk.strides, n_tiles, walk.n_T, tiles_T, eps,
-            ACTIVATION=activation, num_warps=_NUM_WARPS, **constants,
+            BIASED=b_HV is not None, ACTIVATION=activation, num_warps=_NUM_WARPS, **constants,
         )  # fmt: skip
-    return do_XV, dl_XV, dg_XV, dw_P2V.sum(0)
+    if b_HV is None:
+        return do_XV, dl_XV, dg_XV, sums_PKV.sum(0), sums_PKV.new_empty(0)
+    db_PV = sums_PKV[:, 2]
+    return do_XV, dl_XV, dg_XV, sums_PKV[:, :2].sum(0), db_PV.unflatten(0, (-1, n_heads)).sum(0)
 
 
-def _plan(*tensors: Tensor) -> tuple[tuple[Tensor, ...], _Walk]:
+def _parameters(w_o_V: Tensor, w_l_V: Tensor, b_HV: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous; where there is no bias, any tensor stands for it."""
+    return w_o_V.contiguous(), w_l_V.contiguous(), w_o_V if b_HV is None else b_HV.contiguous()
+
+
+def _plan(*tensors: Tensor, keep_heads: bool = False) -> tuple[tuple[Tensor, ...], _Walk]:
     """The tensors, copied where a kernel cannot read them, and how to walk them."""
     shape = tensors[0].shape
     if shape[-1] > 1:
         tensors = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
     fold = _uncached_in_traces(_fold, tensors[0])
-    walk = fold(shape, *(x.stride() for x in tensors))
+    walk = fold(shape, keep_heads, *(x.stride() for x in tensors))
     if walk is None:
         tensors = tuple(x.contiguous() for x in tensors)
-        walk = fold(shape, *(x.stride() for x in tensors))
+        walk = fold(shape, keep_heads, *(x.stride() for x in tensors))
     return tensors, walk
 
 
@@ -223,20 +266,30 @@ def _uncached_in_traces(function: Any, x: Tensor) -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=1024)
-def _fold(shape: tuple[int, ...], *strides: tuple[int, ...]) -> _Walk | None:
-    """Merge neighbouring row axes that every tensor walks with one stride; None if more than three are left."""
+def _fold(shape: tuple[int, ...], keep_heads: bool, *strides: tuple[int, ...]) -> _Walk | None:
+    """Merge neighbouring row axes that every tensor walks with one stride; None if more than three are left.
+
+    With `keep_heads` the last row axis is H, whatever its size and strides.
+    """
+    one = (1, (0,) * len(strides))  # an axis of one row may have any stride: it must not count
+    rows = [
+        one if size == 1 else (size, tuple(steps))
+        for size, *steps in zip(shape[:-1], *(x[:-1] for x in strides), strict=True)
+    ]
+    heads = [rows.pop()] if keep_heads else []
     axes: list[tuple[int, tuple[int, ...]]] = []
-    for size, *steps in zip(shape[:-1], *(x[:-1] for x in strides), strict=True):
+    for size, steps in rows:
         if size == 1:
             continue
         if axes and axes[-1][1] == tuple(size * step for step in steps):
-            axes[-1] = (axes[-1][0] * size, tuple(steps))
+            axes[-1] = (axes[-1][0] * size, steps)
         else:
-            axes.append((size, tuple(steps)))
-    if len(axes) > 3:
+            axes.append((size, steps))
+    if len(axes) + len(heads) > 3:
         return None
-    one = (1, (0,) * len(strides))
-    if len(axes) == 2:  # tiles run along the longer one
+    if heads:
+        axes = [one] * (2 - len(axes)) + axes + heads
+    elif len(axes) == 2:  # tiles run along the longer one
         axes = [one, *axes] if axes[0][0] >= axes[1][0] else [*axes, one]
     elif len(axes) < 2:
         axes = [one, *(axes or [one]), one]
@@ -271,13 +324,21 @@ def _device_guard(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def locality_gate_triton(
-    o_XV: Tensor, l_XV: Tensor, g_XV: Tensor, w_o_V: Tensor, w_l_V: Tensor, *, eps: float, activation: bool
+    o_XV: Tensor,
+    l_XV: Tensor,
+    g_XV: Tensor,
+    w_o_V: Tensor,
+    w_l_V: Tensor,
+    gate_bias_HV: Tensor | None,
+    *,
+    eps: float,
+    activation: bool,
 ) -> Tensor:
     """The kernel's `locality_gate`; arguments as checked there."""
-    arguments = (o_XV, l_XV, g_XV, w_o_V, w_l_V, eps, activation)
+    arguments = (o_XV, l_XV, g_XV, w_o_V, w_l_V, gate_bias_HV, eps, activation)
     if torch.compiler.is_compiling():
         return _operator(*arguments)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:5]):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:6]):
         return _LocalityGate.apply(*arguments)
     return _forward(*arguments)
 
@@ -288,10 +349,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, dy_XV: Tensor, backward: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
-    *_, w_o_V, w_l_V = tensors = ctx.saved_tensors
-    do_XV, dl_XV, dg_XV, dw_2V = backward(dy_XV, *tensors, ctx.eps, ctx.activation)
+    *_, w_o_V, w_l_V, b_HV = tensors = ctx.saved_tensors
+    do_XV, dl_XV, dg_XV, dw_2V, db_HV = backward(dy_XV, *tensors, ctx.eps, ctx.activation)
     dw_o_V, dw_l_V = dw_2V.unbind()
-    return do_XV, dl_XV, dg_XV, dw_o_V.to(w_o_V.dtype), dw_l_V.to(w_l_V.dtype), None, None
+    db_HV = None if b_HV is None else db_HV.to(b_HV.dtype)
+    return do_XV, dl_XV, dg_XV, dw_o_V.to(w_o_V.dtype), dw_l_V.to(w_l_V.dtype), db_HV, None, None
 
 
 class _LocalityGate(torch.autograd.Function):
@@ -307,22 +369,40 @@ class _LocalityGate(torch.autograd.Function):
         return _gradients(ctx, dy_XV, _backward)
 
 
-def _fake_gradients(dy: Tensor, o: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return *(o.new_empty(o.shape) for _ in range(3)), o.new_empty((2, o.shape[-1]), dtype=torch.float32)
+def _fake_gradients(
+    dy: Tensor, o: Tensor, local: Tensor, g_logits: Tensor, w_o: Tensor, w_l: Tensor, gate_bias: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
+    dw, db = ((2, *w_o.shape), 0 if gate_bias is None else gate_bias.shape)
+    return *(o.new_empty(o.shape) for _ in range(3)), *(o.new_empty(x, dtype=torch.float32) for x in (dw, db))
 
 
 @operator("vision_gates::locality_gate", fake=lambda o, *_: o.new_empty(o.shape))
 def _operator(
-    o: Tensor, local: Tensor, g_logits: Tensor, w_o: Tensor, w_l: Tensor, eps: float, activation: bool
+    o: Tensor,
+    local: Tensor,
+    g_logits: Tensor,
+    w_o: Tensor,
+    w_l: Tensor,
+    gate_bias: Tensor | None,
+    eps: float,
+    activation: bool,
 ) -> Tensor:
-    return _forward(o, local, g_logits, w_o, w_l, eps, activation)
+    return _forward(o, local, g_logits, w_o, w_l, gate_bias, eps, activation)
 
 
 @operator("vision_gates::locality_gate_backward", fake=_fake_gradients)
 def _backward_operator(
-    dy: Tensor, o: Tensor, local: Tensor, g_logits: Tensor, w_o: Tensor, w_l: Tensor, eps: float, activation: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _backward(dy, o, local, g_logits, w_o, w_l, eps, activation)
+    dy: Tensor,
+    o: Tensor,
+    local: Tensor,
+    g_logits: Tensor,
+    w_o: Tensor,
+    w_l: Tensor,
+    gate_bias: Tensor | None,
+    eps: float,
+    activation: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _backward(dy, o, local, g_logits, w_o, w_l, gate_bias, eps, activation)
 
 
 _operator.register_autograd(lambda ctx, dy: _gradients(ctx, dy, _backward_operator), setup_context=_save)

@@ -27,14 +27,20 @@ class LocalityGate(nn.Module):
         self.eps = eps
         self.activation = activation
 
-    def forward(self, global_BNHV: Tensor, local_BNHV: Tensor, gate_BNHV: Tensor) -> Tensor:
-        """Mix the two views; all three inputs and the result are (B, N, H, V). ``gate_BNHV`` holds logits."""
+    def forward(
+        self, global_BNHV: Tensor, local_BNHV: Tensor, gate_BNHV: Tensor, gate_bias_HV: Tensor | None = None
+    ) -> Tensor:
+        """Mix the two views; they, the gate's logits ``gate_BNHV`` and the result are (B, N, H, V).
+
+        ``gate_bias_HV`` is added to the logits: cheaper here than in the product that makes them.
+        """
         return locality_gate(
             global_BNHV,
             local_BNHV,
             gate_BNHV,
             self.global_norm.weight,
             self.local_norm.weight,
+            gate_bias=gate_bias_HV,
             eps=self.eps,
             activation=self.activation,
         )
