@@ -131,7 +131,9 @@ def test_strides_do_not_matter(device):
     transposed = [tensor.T.contiguous().T for tensor in (x, weight, dh)]
     for x_strided, weight_strided, dh_strided in (slices, transposed):
         got = run(swiglu_linear, [x_strided, weight_strided], dh_strided, backend="triton")
-        assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        assert torch.equal(got[0], wanted[0])
+        for gradient, like in zip(got[1:], wanted[1:], strict=True):  # cuBLAS may sum in another order
+            torch.testing.assert_close(gradient, like)
 
 
 @either_device
