@@ -1,11 +1,12 @@
 """Bidirectional gated linear attention in Triton: forward and backward, both directions in the same launches.
 
 README.md has the mathematics ("The kernel"). In short: chunks of T tokens, inside a chunk a T x T matrix, between
-chunks states of V x K. Forward, a program owns a segment of a sequence and one head, and visits the segment's chunks
-twice: last to first, to leave the states that come from the right in a scratch buffer; then first to last, with the
-states from the left in registers, to finish each chunk. A sequence of one segment takes that one launch. In longer ones
-`_gla_states_kernel` first sums up each segment and `_gla_scan_kernel` carries the sums over the segments. Backward,
-`_gla_states_kernel` stores the states and their gradients at every chunk, and a program finishes one chunk.
+chunks states of V x K. Forward, a program owns a segment of a sequence and one head. A sequence of one segment takes
+one launch, which visits the chunks twice: last to first, to leave the states that come from the right in a scratch
+buffer; then first to last, with the states from the left in registers, to finish each chunk. In longer sequences
+`_gla_states_kernel` fills that buffer and sums up each segment, `_gla_scan_kernel` carries the sums over the segments,
+and the second visit is all that is left. Backward, `_gla_states_kernel` stores the states and their gradients at every
+chunk, and a program finishes one chunk.
 
 All states and sums are float32. Three forms of a decay appear:
 * towards the border of a chunk: exponents are plain sums of decays, <= 0, always safe; the states use only these.
@@ -136,12 +137,27 @@ def _harsh_scores(q, k, gf, gb, T: tl.constexpr, LEVELS: tl.constexpr, PRECISION
     return a
 
 
+@triton.jit
+def _enter(
+    entering_ptr, carried_ptr, reach_ptr, kind, slot, program, chunk, n_states, n_programs, segment_chunks,
+    BK: tl.constexpr, BV: tl.constexpr, CARRIED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A state as it enters a chunk: what the segment made of it so far, and what entered the segment."""
+    state = _state_offsets(BK, BV)
+    at = (kind * n_states + slot) * segment_chunks + chunk
+    x = tl.load(entering_ptr + at * (BK * BV) + state).to(tl.float32)
+    if CARRIED:
+        reach = tl.load(reach_ptr + ((kind * n_programs + program) * segment_chunks + chunk) * BK + tl.arange(0, BK))
+        x += _exp(reach, PRECISION)[None, :] * tl.load(carried_ptr + (kind * n_states + slot) * (BK * BV) + state)
+    return x
+
+
 # -------------------------------------------------------------------------------------------------------------- forward
 
 
 @triton.jit(do_not_specialize=("N", "n_segments", "segment_chunks"))  # one kernel for all numbers of tokens
 def _gla_forward_kernel(
-    q_ptr, k_ptr, v_ptr, gf_ptr, gb_ptr, o_ptr, carried_ptr, scratch_ptr,
+    q_ptr, k_ptr, v_ptr, gf_ptr, gb_ptr, o_ptr, scratch_ptr, reach_ptr, carried_ptr, least_ptr,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h, o_b, o_n, o_h,
     N, H, n_segments, segment_chunks, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, T: tl.constexpr, TH: tl.constexpr,
@@ -164,48 +180,53 @@ def _gla_forward_kernel(
     slot = pid.to(tl.int64) * tl.num_programs(1) + v_block
     state = _state_offsets(BK, BV)
     chunk_of_state = tl.zeros((BV, BK), tl.int32)  # a mask has to be a tensor
-    scratch_ptr += slot * (segment_chunks - 1) * (BK * BV)
+    n_programs = tl.num_programs(0).to(tl.int64)
+    n_states = n_programs * tl.num_programs(1)
+    right_ptr = carried_ptr + n_states * (BK * BV)
+    own_scratch_ptr = scratch_ptr + slot * (segment_chunks - 1) * (BK * BV)
 
     t, s = tl.arange(0, T)[:, None], tl.arange(0, T)[None, :]
     th, sh = tl.arange(0, TH)[:, None], tl.arange(0, TH)[None, :]
     all_tokens = tl.full((BV, T), 1.0, tl.float32)
     half_scale = tl.cast(0.5 * scale, tl.float32)  # Inductor passes Python's floats as float64
     if CARRIED:
-        n_states = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
         left = tl.load(carried_ptr + slot * (BK * BV) + state)
-        right_ptr = carried_ptr + (n_states + slot) * (BK * BV)
-        right = tl.load(right_ptr + state)
+        least = tl.minimum(tl.load(least_ptr + pid), tl.load(least_ptr + n_programs + pid))
     else:
         left = tl.zeros((BV, BK), tl.float32)
         right = tl.zeros((BV, BK), tl.float32)
+        # First visit, last chunk to first: `right` is the state that enters chunk c from the right.
+        lowest = tl.zeros((T, BK), tl.float32)
+        for i in range(n_chunks):
+            c = n_chunks - 1 - i
+            gb = _finite(_load(gb_ptr, c * T, stop, gb_n, K, T, BK))
+            gf = _load(gf_ptr, c * T, stop, gf_n, K, T, BK)
+            lowest = tl.minimum(lowest, tl.minimum(gb, gf))
+            if c > 0:
+                k = _load(k_ptr, c * T, stop, k_n, K, T, BK)
+                v = _load(v_ptr, c * T, stop, v_n, V_left, T, BV)
+                k_out = k * _exp(_sums(s < t, gb, GATE), PRECISION)
+                right *= _exp(_sums(all_tokens, gb, GATE), PRECISION)
+                right += _mm_like(tl.trans(v), k_out, v, PRECISION)
+                tl.store(own_scratch_ptr + (c - 1) * (BK * BV) + state, right.to(scratch_ptr.dtype.element_ty))
+        least = tl.min(lowest) * T
+        tl.debug_barrier()  # what one thread stored another will load
 
-    # First visit, last chunk to first: `right` is the state that enters chunk c from the right.
-    least = tl.zeros((T, BK), tl.float32)
-    for i in range(n_chunks):
-        c = n_chunks - 1 - i
-        gb = _finite(_load(gb_ptr, c * T, stop, gb_n, K, T, BK))
-        gf = _load(gf_ptr, c * T, stop, gf_n, K, T, BK)
-        least = tl.minimum(least, tl.minimum(gb, gf))
-        if c > 0:
-            k = _load(k_ptr, c * T, stop, k_n, K, T, BK)
-            v = _load(v_ptr, c * T, stop, v_n, V_left, T, BV)
-            k_out = k * _exp(_sums(s < t, gb, GATE), PRECISION)
-            right *= _exp(_sums(all_tokens, gb, GATE), PRECISION)
-            right += _mm_like(tl.trans(v), k_out, v, PRECISION)
-            tl.store(scratch_ptr + (c - 1) * (BK * BV) + state, right.to(scratch_ptr.dtype.element_ty))
-    tl.debug_barrier()  # what one thread stored another will load
-
-    if tl.min(least) * T >= MILD:
+    if least >= MILD:
         for c in range(n_chunks):
             gf = _load(gf_ptr, c * T, stop, gf_n, K, T, BK)
             gb = _load(gb_ptr, c * T, stop, gb_n, K, T, BK)
             q = _load(q_ptr, c * T, stop, q_n, K, T, BK).to(tl.float32)
             k = _load(k_ptr, c * T, stop, k_n, K, T, BK).to(tl.float32)
             v = _load(v_ptr, c * T, stop, v_n, V_left, T, BV)
-            right = tl.load(scratch_ptr + c * (BK * BV) + state, mask=chunk_of_state + c < n_chunks - 1, other=0.0)
-            right = right.to(tl.float32)
             if CARRIED:
-                right += tl.load(right_ptr + state, mask=chunk_of_state + c == n_chunks - 1, other=0.0)
+                right = _enter(
+                    scratch_ptr, right_ptr, reach_ptr, 0, slot, pid, c,
+                    n_states, n_programs, segment_chunks, BK, BV, CARRIED, PRECISION,
+                )  # fmt: skip
+            else:
+                inside = chunk_of_state + c < n_chunks - 1
+                right = tl.load(own_scratch_ptr + c * (BK * BV) + state, mask=inside, other=0.0).to(tl.float32)
             f_half = _exp(_sums(0.5 * all_tokens, gf, GATE), PRECISION)
             b_half = _exp(_sums(0.5 * all_tokens, gb, GATE), PRECISION)
             q_decay, k_decay = _exp_both_ways(_sums(tl.where(s <= t, 0.5, -0.5), gf, GATE), PRECISION)
@@ -223,10 +244,14 @@ def _gla_forward_kernel(
         # In parts of a chunk that T = 32 is enough for.
         for i in range(n_chunks * (T // TH)):
             c, part = i // (T // TH), i % (T // TH)
-            right = tl.load(scratch_ptr + c * (BK * BV) + state, mask=chunk_of_state + c < n_chunks - 1, other=0.0)
-            right = right.to(tl.float32)
             if CARRIED:
-                right += tl.load(right_ptr + state, mask=chunk_of_state + c == n_chunks - 1, other=0.0)
+                right = _enter(
+                    scratch_ptr, right_ptr, reach_ptr, 0, slot, pid, c,
+                    n_states, n_programs, segment_chunks, BK, BV, CARRIED, PRECISION,
+                )  # fmt: skip
+            else:
+                inside = chunk_of_state + c < n_chunks - 1
+                right = tl.load(own_scratch_ptr + c * (BK * BV) + state, mask=inside, other=0.0).to(tl.float32)
             for j in range(part + 1, T // TH):
                 other = (c + 1) * T - (j - part) * TH  # the chunk's parts to the right of this one, last to first
                 gb = _finite(_load(gb_ptr, other, stop, gb_n, K, TH, BK))
@@ -252,17 +277,18 @@ def _gla_forward_kernel(
 
 @triton.jit(do_not_specialize=("N", "n_segments", "segment_chunks"))  # one kernel for all numbers of tokens
 def _gla_states_kernel(
-    q_ptr, k_ptr, v_ptr, gf_ptr, gb_ptr, do_ptr, entering_ptr, reach_ptr, sums_ptr, totals_ptr,
+    q_ptr, k_ptr, v_ptr, gf_ptr, gb_ptr, do_ptr, entering_ptr, reach_ptr, sums_ptr, totals_ptr, least_ptr,
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h, gf_b, gf_n, gf_h, gb_b, gb_n, gb_h, do_b, do_n, do_h,
     N, H, n_segments, segment_chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, T: tl.constexpr,
-    ENTERING: tl.constexpr, SUMS: tl.constexpr, GRADIENTS: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
+    SUMS: tl.constexpr, GRADIENTS: tl.constexpr, PRECISION: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """Carry the states of one direction through a segment, from zero.
 
-    ENTERING stores the states at each chunk and how far the chunk is, in decay, from the segment's border; SUMS stores
-    what leaves the segment and its total decay. States in this order: 0 S from the left, 1 R from the right; with
-    GRADIENTS 2 dS, which comes from the right as S leaves there, and 3 dR, from the left.
+    The states at each chunk are stored, and how far the chunk is, in decay, from the segment's border; with SUMS what
+    leaves the segment, too, and its total decay. States in this order: 0 S from the left, 1 R from the right; with
+    GRADIENTS 2 dS, which comes from the right as S leaves there, and 3 dR, from the left. Without GRADIENTS of the
+    states at chunks R alone, and the least total decay of a chunk.
     """
     pid, v_block, from_right = tl.program_id(0), tl.program_id(1) // 2, tl.program_id(1) % 2
     n_v_blocks = tl.num_programs(1) // 2
@@ -289,9 +315,10 @@ def _gla_states_kernel(
     if from_right == 1:
         own_ptr, own_n = gb_ptr, gb_n
         other_ptr, other_n = gf_ptr, gf_n
-    entering = entering_ptr + (from_right * n_states + slot) * (segment_chunks * BK * BV) + state
+    kind = from_right if GRADIENTS else from_right * 0  # without gradients nothing but R is stored
+    entering = entering_ptr + (kind * n_states + slot) * (segment_chunks * BK * BV) + state
     d_entering = entering_ptr + ((3 - from_right) * n_states + slot) * (segment_chunks * BK * BV) + state
-    reach = reach_ptr + (from_right * n_programs + pid) * (segment_chunks * BK) + columns
+    reach = reach_ptr + (kind * n_programs + pid) * (segment_chunks * BK) + columns
     d_reach = reach_ptr + ((3 - from_right) * n_programs + pid) * (segment_chunks * BK) + columns
 
     towards = (tl.arange(0, T)[None, :] - tl.arange(0, T)[:, None]) * (1 - 2 * from_right)
@@ -300,15 +327,19 @@ def _gla_states_kernel(
     dx = tl.zeros((BV, BK), tl.float32)
     own_total = tl.zeros((BV, BK), tl.float32)  # rows are equal
     other_total = tl.zeros((BV, BK), tl.float32)
+    lowest = tl.zeros((BV, BK), tl.float32)
     first_row = tl.arange(0, BV)[:, None] == 0
     for i in range(n_chunks):
         c = i + from_right * (n_chunks - 1 - 2 * i)
-        if ENTERING:
+        if GRADIENTS or from_right == 1:
             tl.store(entering + c * (BK * BV), x.to(entering_ptr.dtype.element_ty))
-            tl.store(d_entering + c * (BK * BV), dx.to(entering_ptr.dtype.element_ty))
             if SUMS:
                 if v_block == 0:
                     tl.store(reach + c * BK, own_total, mask=first_row)
+        if GRADIENTS:
+            tl.store(d_entering + c * (BK * BV), dx.to(entering_ptr.dtype.element_ty))
+            if SUMS:
+                if v_block == 0:
                     tl.store(d_reach + c * BK, other_total, mask=first_row)
         if SUMS or i + 1 < n_chunks:
             own = _finite(_load(own_ptr, c * T, stop, own_n, K, T, BK))
@@ -317,9 +348,9 @@ def _gla_states_kernel(
             total = _sums(all_tokens, own, GATE)
             x *= _exp(total, PRECISION)
             k_out = k * _exp(_sums(towards > 0, own, GATE), PRECISION)
-            x += _mm(tl.trans(v), k_out, PRECISION)
             own_total += total
             if GRADIENTS:
+                x += _mm(tl.trans(v), k_out, PRECISION)
                 other = _finite(_load(other_ptr, c * T, stop, other_n, K, T, BK))
                 q = _load(q_ptr, c * T, stop, q_n, K, T, BK)
                 do = _load(do_ptr, c * T, stop, do_n, V_left, T, BV)
@@ -327,6 +358,9 @@ def _gla_states_kernel(
                 dx *= _exp(total, PRECISION)
                 dx += _mm(tl.trans(do), q * _exp(_sums(towards >= 0, other, GATE), PRECISION), PRECISION)
                 other_total += total
+            else:
+                x += _mm_like(tl.trans(v), k_out, v, PRECISION)
+                lowest = tl.minimum(lowest, total)
 
     if SUMS:
         tl.store(sums_ptr + (from_right * n_states + slot) * (BK * BV) + state, x)
@@ -334,6 +368,8 @@ def _gla_states_kernel(
             tl.store(sums_ptr + ((3 - from_right) * n_states + slot) * (BK * BV) + state, dx)
         if v_block == 0:
             tl.store(totals_ptr + (from_right * n_programs + pid) * BK + columns, own_total, mask=first_row)
+            if not GRADIENTS:
+                tl.store(least_ptr + from_right * n_programs + pid, tl.min(lowest))
 
 
 @triton.jit
@@ -379,21 +415,6 @@ def _gla_scan_kernel(
 
 
 # ------------------------------------------------------------------------------------------------------------- backward
-
-
-@triton.jit
-def _enter(
-    entering_ptr, carried_ptr, reach_ptr, kind, slot, program, chunk, n_states, n_programs, segment_chunks,
-    BK: tl.constexpr, BV: tl.constexpr, CARRIED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A state as it enters a chunk: what the segment made of it so far, and what entered the segment."""
-    state = _state_offsets(BK, BV)
-    at = (kind * n_states + slot) * segment_chunks + chunk
-    x = tl.load(entering_ptr + at * (BK * BV) + state).to(tl.float32)
-    if CARRIED:
-        reach = tl.load(reach_ptr + ((kind * n_programs + program) * segment_chunks + chunk) * BK + tl.arange(0, BK))
-        x += _exp(reach, PRECISION)[None, :] * tl.load(carried_ptr + (kind * n_states + slot) * (BK * BV) + state)
-    return x
 
 
 @triton.jit(do_not_specialize=("N", "n_segments", "segment_chunks"))  # one kernel for all numbers of tokens
@@ -550,7 +571,9 @@ def _gla_backward_kernel(
 
 # ------------------------------------------------------------------------------------------------------------- launches
 
-_SEGMENT = 512  # tokens; longer sequences are cut
+# Tokens. Sequences longer than the first are cut into segments. Forward these are the length of which the programs of
+# ViG's shapes fill an H200 in one go; backward they are longer, because each one costs memory.
+_WHOLE, _FORWARD_SEGMENT, _BACKWARD_SEGMENT = 512, 384, 512
 
 
 def _plan(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, *, gradients: bool) -> tuple[dict, dict]:
@@ -593,11 +616,11 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _segments(n_tokens: int, T: int) -> tuple[int, int]:
+def _segments(n_tokens: int, length: int, T: int) -> tuple[int, int]:
     """Number of segments and chunks of each."""
-    if n_tokens <= _SEGMENT:
+    if n_tokens <= _WHOLE:
         return 1, triton.cdiv(n_tokens, T)
-    return triton.cdiv(n_tokens, _SEGMENT), _SEGMENT // T
+    return triton.cdiv(n_tokens, length), length // T
 
 
 def _store_dtype(q: Tensor) -> torch.dtype:
@@ -624,25 +647,29 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: flo
     constants, launch = _plan(*tensors, gradients=False)
     n_batch, n_tokens, n_heads, _ = q.shape
     n_v_blocks = triton.cdiv(constants["V"], constants["BV"])
-    n_segments, segment_chunks = _segments(n_tokens, constants["T"])
+    n_segments, segment_chunks = _segments(n_tokens, _FORWARD_SEGMENT, constants["T"])
     n_programs = n_batch * n_segments * n_heads
     empty = partial(torch.empty, device=q.device)
     state = (constants["BV"], constants["BK"])
-    scratch = empty((n_programs, n_v_blocks, segment_chunks - 1, *state), dtype=_store_dtype(q))
-    carried = scratch  # not used in one segment
-    if n_segments > 1:
+    if n_segments == 1:
+        scratch = empty((n_programs, n_v_blocks, segment_chunks - 1, *state), dtype=_store_dtype(q))
+        reach = carried = least = scratch  # not used
+    else:
+        scratch = empty((n_programs, n_v_blocks, segment_chunks, *state), dtype=_store_dtype(q))
+        reach = empty((n_programs, segment_chunks, state[1]), dtype=torch.float32)
         carried = empty((2, n_programs, n_v_blocks, *state), dtype=torch.float32)
         totals = empty((2, n_programs, state[1]), dtype=torch.float32)
+        least = empty((2, n_programs), dtype=torch.float32)
         traceable(_gla_states_kernel, q)[(n_programs, 2 * n_v_blocks)](
-            *tensors, v, carried, totals, carried, totals, *_strides(*tensors, v),
-            n_tokens, n_heads, n_segments, segment_chunks, ENTERING=False, SUMS=True, GRADIENTS=False,
-            **constants, **launch,
+            *tensors, v, scratch, reach, carried, totals, least, *_strides(*tensors, v),
+            n_tokens, n_heads, n_segments, segment_chunks, SUMS=True, GRADIENTS=False, **constants,
+            **(launch | dict(num_stages=3)),
         )  # fmt: skip
         _scan_segments(
             carried, totals, n_sequences=n_batch * n_heads, n_heads=n_heads, precision=constants["PRECISION"]
         )
     traceable(_gla_forward_kernel, q)[(n_programs, n_v_blocks)](
-        *tensors, o, carried, scratch, *_strides(*tensors, o),
+        *tensors, o, scratch, reach, carried, least, *_strides(*tensors, o),
         n_tokens, n_heads, n_segments, segment_chunks, scale,
         TH=min(constants["T"], 32), CARRIED=n_segments > 1, **_per_chunk(constants), **launch,
     )  # fmt: skip
@@ -664,7 +691,7 @@ def _backward(
         do = _with_unit_stride(do)
         strides = _strides(*tensors, do)
         n_chunks = triton.cdiv(n_tokens, constants["T"])
-        n_segments, segment_chunks = _segments(n_tokens, constants["T"])
+        n_segments, segment_chunks = _segments(n_tokens, _BACKWARD_SEGMENT, constants["T"])
         n_programs = n_batch * n_segments * n_heads
         state = (constants["BV"], constants["BK"])
         entering = empty((4, n_programs, n_v_blocks, segment_chunks, *state), dtype=_store_dtype(q))
@@ -674,8 +701,8 @@ def _backward(
             sums = empty((4, n_programs, n_v_blocks, *state), dtype=torch.float32)
             totals = empty((2, n_programs, state[1]), dtype=torch.float32)
         traceable(_gla_states_kernel, q)[(n_programs, 2 * n_v_blocks)](
-            *tensors, do, entering, reach, sums, totals, *strides, n_tokens, n_heads, n_segments, segment_chunks,
-            ENTERING=True, SUMS=n_segments > 1, GRADIENTS=True, **constants, **launch,
+            *tensors, do, entering, reach, sums, totals, totals, *strides, n_tokens, n_heads, n_segments,
+            segment_chunks, SUMS=n_segments > 1, GRADIENTS=True, **constants, **(launch | dict(num_stages=2)),
         )  # fmt: skip
         if n_segments > 1:
             _scan_segments(

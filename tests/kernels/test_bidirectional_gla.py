@@ -475,7 +475,8 @@ def poisoned(monkeypatch):
 def short_segments(monkeypatch):
     """Segments of 64 tokens, so that few tokens make several."""
     kernel = pytest.importorskip("vision_gates.kernels.bidirectional_gla.kernel")
-    monkeypatch.setattr(kernel, "_SEGMENT", 64)
+    for name in ("_WHOLE", "_FORWARD_SEGMENT", "_BACKWARD_SEGMENT"):
+        monkeypatch.setattr(kernel, name, 64)
 
 
 def test_kernels_in_the_interpreter():
