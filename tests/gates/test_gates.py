@@ -235,14 +235,15 @@ def test_hooks_on_a_norm_run():
     assert seen
 
 
-def test_another_input_projection_is_called():
+@pytest.mark.parametrize("name", ["in_proj", "decay_up"])
+def test_another_projection_is_called(name):
     """As LoRA and quantisation put it in place of the Linear."""
     mixer = BidirectionalGatedLinearAttention(16, num_heads=2, activation=True).double()
     nn.init.normal_(mixer.gate_bias)
     x = torch.randn(2, 3, 4, 16, dtype=torch.float64)
     expected = mixer(x)
-    mixer.in_proj = nn.Sequential(mixer.in_proj)
+    setattr(mixer, name, nn.Sequential(getattr(mixer, name)))
     torch.testing.assert_close(mixer(x), expected)
     with torch.no_grad():
-        mixer.in_proj[0].weight *= 2
+        getattr(mixer, name)[0].weight *= 2
     assert not torch.allclose(mixer(x), expected)

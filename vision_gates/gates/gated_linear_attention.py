@@ -12,6 +12,7 @@ from vision_gates.gates.locality_gate import LocalityGate
 from vision_gates.gates.swiglu import is_plain_linear
 from vision_gates.kernels.bidirectional_gla import bidirectional_gla
 from vision_gates.kernels.depthwise_conv3x3 import depthwise_conv3x3
+from vision_gates.kernels.low_rank_decay import low_rank_decay
 
 __all__ = ["BidirectionalGatedLinearAttention"]
 
@@ -65,13 +66,13 @@ class BidirectionalGatedLinearAttention(nn.Module):
         B, H, W, C = x_BHWC.shape
         local_BHWC = depthwise_conv3x3(x_BHWC, self.local_conv.weight, activation=self.activation)
         local_BNC = local_BHWC.view(B, H * W, C)
-        bias = F.pad(self.gate_bias, (2 * C, self.sizes[-1]))
-        if is_plain_linear(self.in_proj):
-            projected = F.linear(local_BNC, self.in_proj.weight, bias)
+        q, k, v, gate_BNC, low_rank = self.in_proj(local_BNC).split(self.sizes, dim=-1)
+        if is_plain_linear(self.decay_up) and self.decay_up.bias is not None:
+            decay_BNC = low_rank_decay(
+                low_rank, self.decay_up.weight, self.decay_up.bias, temperature=_DECAY_TEMPERATURE
+            )
         else:  # LoRA, quantisation, hooks
-            projected = self.in_proj(local_BNC) + bias
-        q, k, v, gate_BNC, low_rank = projected.split(self.sizes, dim=-1)
-        decay_BNC = F.logsigmoid(self.decay_up(low_rank)) / _DECAY_TEMPERATURE
+            decay_BNC = F.logsigmoid(self.decay_up(low_rank)) / _DECAY_TEMPERATURE
         decay_forward, decay_backward = decay_BNC.chunk(2, dim=-1)
         heads = (self.num_heads, -1)
         global_BNHD = bidirectional_gla(
@@ -81,7 +82,12 @@ class BidirectionalGatedLinearAttention(nn.Module):
             decay_forward.unflatten(-1, heads),
             decay_backward.unflatten(-1, heads),
         )
-        mixed_BNHD = self.locality_gate(global_BNHD, local_BNC.unflatten(-1, heads), gate_BNC.unflatten(-1, heads))
+        mixed_BNHD = self.locality_gate(
+            global_BNHD,
+            local_BNC.unflatten(-1, heads),
+            gate_BNC.unflatten(-1, heads),
+            self.gate_bias.unflatten(0, heads),
+        )
         return self.proj(mixed_BNHD.flatten(2)).view(B, H, W, C)
 
 

@@ -29,17 +29,16 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., dim) to (..., dim)."""
-        if is_plain_linear(self.in_proj):
+        if is_plain_linear(self.in_proj) and self.in_proj.bias is None:
             return self.out_proj(swiglu_linear(x, self.in_proj.weight))
         gate, value = self.in_proj(x).chunk(2, dim=-1)
         return self.out_proj(F.silu(gate) * value)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is F.linear with its weight and nothing more."""
+    """Whether calling the module is F.linear with its weight and bias and nothing more."""
     return (
         type(module) is nn.Linear
-        and module.bias is None
         and "forward" not in module.__dict__  # accelerate's hooks replace it
         and not (
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
