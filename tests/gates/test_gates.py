@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -247,3 +248,18 @@ def test_another_projection_is_called(name):
     with torch.no_grad():
         getattr(mixer, name)[0].weight *= 2
     assert not torch.allclose(mixer(x), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dim, num_heads", [(192, 3), (384, 6)])  # a projection of less and of more than 1024 columns
+def test_compiled_mixer_copies_no_part_of_the_projection(dim, num_heads):
+    from torch._inductor.utils import run_and_get_code
+
+    mixer = BidirectionalGatedLinearAttention(dim, num_heads=num_heads, activation=False).to("cuda", torch.bfloat16)
+    x = torch.randn(2, 14, 14, dim, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = mixer(x)
+        got, code = run_and_get_code(torch.compile(mixer, fullgraph=True), x)
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=0.02)
+    assert not re.findall(r"def (triton_\w*split\w*)", code[0])

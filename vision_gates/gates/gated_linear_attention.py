@@ -18,6 +18,8 @@ __all__ = ["BidirectionalGatedLinearAttention"]
 
 _DECAY_TEMPERATURE = 16  # log-decay = log_sigmoid(logit) / 16: a fresh gate forgets about 4 % a token
 _INIT_GAIN = 2**-2.5
+_INDUCTOR_PADS_BEYOND = 1024  # torch._inductor.config.padding_stride_threshold
+_CACHE_LINE = 64  # elements of a half dtype
 
 
 class BidirectionalGatedLinearAttention(nn.Module):
@@ -66,7 +68,7 @@ class BidirectionalGatedLinearAttention(nn.Module):
         B, H, W, C = x_BHWC.shape
         local_BHWC = depthwise_conv3x3(x_BHWC, self.local_conv.weight, activation=self.activation)
         local_BNC = local_BHWC.view(B, H * W, C)
-        q, k, v, gate_BNC, low_rank = self.in_proj(local_BNC).split(self.sizes, dim=-1)
+        q, k, v, gate_BNC, low_rank = self._project(local_BNC).split(self.sizes, dim=-1)
         if is_plain_linear(self.decay_up) and self.decay_up.bias is not None:
             decay_BNC = low_rank_decay(
                 low_rank, self.decay_up.weight, self.decay_up.bias, temperature=_DECAY_TEMPERATURE
@@ -89,6 +91,16 @@ class BidirectionalGatedLinearAttention(nn.Module):
             self.gate_bias.unflatten(0, heads),
         )
         return self.proj(mixed_BNHD.flatten(2)).view(B, H, W, C)
+
+    def _project(self, local_BNC: Tensor) -> Tensor:
+        width = sum(self.sizes)
+        wide = width > _INDUCTOR_PADS_BEYOND and local_BNC.is_cuda and torch.compiler.is_compiling()
+        if wide and is_plain_linear(self.in_proj) and self.in_proj.bias is None:
+            # Inductor stretches such rows to whole cache lines, and then copies every part that a kernel reads back to
+            # the strides it was promised. Rows of whole cache lines stay as they are.
+            weight = F.pad(self.in_proj.weight, (0, 0, 0, -width % _CACHE_LINE))
+            return F.linear(local_BNC, weight)[..., :width]
+        return self.in_proj(local_BNC)
 
 
 def _join_projections(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
