@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vision_gates.kernels.add_rms_norm.reference import add_rms_norm_reference
+from vision_gates.kernels.launching import is_exporting
 
 __all__ = ["add_rms_norm"]
 
@@ -62,7 +63,7 @@ def add_rms_norm(
     kernel_fits = torch.float64 not in dtypes and x.shape[-1] <= _MAX_CHANNELS
     if backend is None:
         # An exported graph holds plain operators, for whatever runs it.
-        backend = "triton" if x.is_cuda and _HAS_TRITON and kernel_fits and not _is_exporting() else "reference"
+        backend = "triton" if x.is_cuda and _HAS_TRITON and kernel_fits and not is_exporting() else "reference"
     if backend == "reference":
         return add_rms_norm_reference(x, residual, weight, eps=eps, out_dtype=out_dtype)
     if backend != "triton":
@@ -82,11 +83,6 @@ def add_rms_norm(
     from vision_gates.kernels.add_rms_norm.kernel import add_rms_norm_triton
 
     return add_rms_norm_triton(x, residual, weight, eps=eps, out_dtype=out_dtype)
-
-
-def _is_exporting() -> bool:
-    # torch.compiler.is_exporting() is also true under torch.compile in torch 2.11; the flag behind it is right.
-    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _check_arguments(**tensors: Any) -> None:

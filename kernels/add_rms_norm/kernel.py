@@ -6,7 +6,6 @@ number of programs are then added up in a fixed order. Arithmetic is float32. Su
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -15,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from vision_gates.kernels.launching import as_rows, on_device
 
 __all__ = ["add_rms_norm_triton"]
 
@@ -103,18 +104,6 @@ def _tile(C: int, elements: int) -> dict[str, int]:
     return dict(BLOCK_M=max(elements // block_C, 1), BLOCK_C=block_C, num_warps=num_warps)
 
 
-def _on(device: torch.device) -> AbstractContextManager:
-    """Entering a device costs microseconds: only where it is another than the present one."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else nullcontext()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., C) as (M, C) with channels next to each other, copied only where strides ask for it."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _sum_dtype(x: Tensor, residual: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, residual.dtype)
 
@@ -124,14 +113,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """y and s; an empty s without a residual, because an operator must not return its argument."""
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    x_MC = _rows(x)
+    x_MC = as_rows(x)
     M, C = x_MC.shape
-    residual_MC = None if residual is None else _rows(residual)
+    residual_MC = None if residual is None else as_rows(residual)
     s_shape, s_dtype = (0, x.dtype) if residual is None else (x.shape, _sum_dtype(x, residual))
     s = torch.empty(s_shape, dtype=s_dtype, device=x.device)
     residual_stride = 0 if residual_MC is None else residual_MC.stride(0)
     tile = _tile(C, _FORWARD_ELEMENTS)
-    with _on(x.device):
+    with on_device(x.device):
         _add_rms_norm_forward_kernel[(triton.cdiv(M, tile["BLOCK_M"]),)](
             x_MC, residual_MC, weight.contiguous(), y, s, M, C, x_MC.stride(0), residual_stride, eps, **tile
         )
@@ -152,12 +141,12 @@ def _backward(
     dx = torch.empty(s.shape, dtype=x_dtype, device=s.device)
     shared = residual_dtype == x_dtype
     dresidual = torch.empty(0 if shared else s.shape, dtype=residual_dtype, device=s.device)
-    dy_MC, s_MC, ds_MC = _rows(dy), _rows(s), None if ds is None else _rows(ds)
+    dy_MC, s_MC, ds_MC = as_rows(dy), as_rows(s), None if ds is None else as_rows(ds)
     M, C = s_MC.shape
     tile = _tile(C, _BACKWARD_ELEMENTS)
     programs = min(triton.cdiv(M, tile["BLOCK_M"]), _BACKWARD_PROGRAMS)
     parts = torch.empty((programs if need_dweight else 0, C), dtype=torch.float32, device=s.device)
-    with _on(s.device):
+    with on_device(s.device):
         _add_rms_norm_backward_kernel[(programs,)](
             dy_MC,
             ds_MC,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vision_gates.kernels.bidirectional_gla.cpu_op import bidirectional_gla_cpu
 from vision_gates.kernels.bidirectional_gla.reference import bidirectional_gla_reference
+from vision_gates.kernels.launching import is_exporting
 
 __all__ = ["bidirectional_gla"]
 
@@ -59,10 +60,10 @@ def bidirectional_gla(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend is None:
         # An exported graph holds plain operators, for whatever runs it.
-        on_kernel = q.is_cuda and _HAS_TRITON and q.dtype != torch.float64 and not _is_exporting()
+        on_kernel = q.is_cuda and _HAS_TRITON and q.dtype != torch.float64 and not is_exporting()
         backend = "triton" if on_kernel else "reference"
     if backend == "reference":
-        if q.device.type == "cpu" and torch.compiler.is_dynamo_compiling() and not _is_exporting():
+        if q.device.type == "cpu" and torch.compiler.is_dynamo_compiling() and not is_exporting():
             return bidirectional_gla_cpu(q, k, v, g_forward, g_backward, scale)
         return bidirectional_gla_reference(q, k, v, g_forward, g_backward, scale=scale)
     if backend != "triton":
@@ -77,11 +78,6 @@ def bidirectional_gla(
     from vision_gates.kernels.bidirectional_gla.kernel import bidirectional_gla_triton
 
     return bidirectional_gla_triton(q, k, v, g_forward, g_backward, scale=scale)
-
-
-def _is_exporting() -> bool:
-    # torch.compiler.is_exporting() is also true under torch.compile in torch 2.11; the flag behind it is right.
-    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _check_arguments(**tensors: Tensor) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vision_gates.kernels.depthwise_conv3x3.reference import depthwise_conv3x3_reference
+from vision_gates.kernels.launching import is_exporting
 
 __all__ = ["depthwise_conv3x3"]
 
@@ -45,7 +46,7 @@ def depthwise_conv3x3(x: Tensor, weight: Tensor, *, activation: bool = False, ba
     _check_arguments(x, weight)
     if backend is None:
         # An exported graph holds plain operators, for whatever runs it.
-        on_kernel = x.is_cuda and _HAS_TRITON and x.dtype != torch.float64 and not _is_exporting()
+        on_kernel = x.is_cuda and _HAS_TRITON and x.dtype != torch.float64 and not is_exporting()
         backend = "triton" if on_kernel else "reference"
     if backend == "reference":
         return depthwise_conv3x3_reference(x, weight, activation=activation)
@@ -58,11 +59,6 @@ def depthwise_conv3x3(x: Tensor, weight: Tensor, *, activation: bool = False, ba
     if torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
     return depthwise_conv3x3_triton(x, weight, activation=activation)
-
-
-def _is_exporting() -> bool:
-    # torch.compiler.is_exporting() is also true under torch.compile in torch 2.11; the flag behind it is right.
-    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _check_arguments(x: Tensor, weight: Tensor) -> None:

@@ -12,7 +12,6 @@ a turn makes the input's gradient of it.
 Suffixes: B batch, H W height and width, C channels, G programs for each block of channels.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vision_gates.kernels.launching import operator, traceable
+from vision_gates.kernels.launching import on_device, operator, traceable
 
 __all__ = ["depthwise_conv3x3_triton"]
 
@@ -233,7 +232,7 @@ def _backward(dy_BHWC: Tensor, x_BHWC: Tensor, weight: Tensor, activation: bool)
     dw_G9C = torch.empty((G, 9, C), dtype=torch.float32, device=x_BHWC.device)
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=x_BHWC.device)
     dpre_BHWC = torch.empty(x_BHWC.shape, dtype=x_BHWC.dtype, device=x_BHWC.device) if activation else dy_BHWC
-    with _device_guard(x_BHWC):
+    with on_device(x_BHWC.device):
         traceable(_gradient_kernel, x_BHWC)[(blocks_c * G,)](
             dy_BHWC, x_BHWC, weight, dpre_BHWC, dw_G9C, *dy_BHWC.stride()[:3], *x_BHWC.stride()[:3],
             B, H, W, rows, n_blocks, C, ACTIVATION=activation, **_GRADIENT_TILE,
@@ -247,7 +246,7 @@ def _convolve(x_BHWC: Tensor, weight: Tensor, *, activation: bool, flip: bool) -
     B, H, W, C = x_BHWC.shape
     rows, n_blocks = _cut(B, H, W, _CONV_ROWS, _CONV_TILE)
     y_BHWC = torch.empty(x_BHWC.shape, dtype=x_BHWC.dtype, device=x_BHWC.device)
-    with _device_guard(x_BHWC):
+    with on_device(x_BHWC.device):
         traceable(_conv_kernel, x_BHWC)[(triton.cdiv(C, _BLOCK_C) * n_blocks,)](
             x_BHWC, weight, y_BHWC, *x_BHWC.stride()[:3],
             B, H, W, rows, C, FLIP=flip, ACTIVATION=activation, **_CONV_TILE,
@@ -264,13 +263,6 @@ def _cut(B: int, H: int, W: int, most_rows: int, tile: dict[str, int]) -> tuple[
 
 def _dense_channels(x_BHWC: Tensor) -> Tensor:
     return x_BHWC if x_BHWC.stride(-1) == 1 else x_BHWC.contiguous()
-
-
-def _device_guard(x: Tensor) -> contextlib.AbstractContextManager:
-    # A launch goes to the current device. Entering a guard costs more than looking.
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
 
 
 # ----------------------------------------------------------------------------------------------------------- autograd

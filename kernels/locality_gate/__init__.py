@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from vision_gates.kernels.launching import is_exporting
 from vision_gates.kernels.locality_gate.reference import locality_gate_reference
 
 __all__ = ["locality_gate"]
@@ -65,7 +66,7 @@ def locality_gate(
     kernel_fits = o.dtype != torch.float64 and o.shape[-1] <= _MAX_CHANNELS
     if backend is None:
         # An exported graph holds plain operators, for whatever runs it.
-        backend = "triton" if o.is_cuda and _HAS_TRITON and kernel_fits and not _is_exporting() else "reference"
+        backend = "triton" if o.is_cuda and _HAS_TRITON and kernel_fits and not is_exporting() else "reference"
     if backend == "reference":
         return locality_gate_reference(o, l, g_logits, w_o, w_l, gate_bias, eps=eps, activation=activation)
     if backend != "triton":
@@ -85,11 +86,6 @@ def locality_gate(
     from vision_gates.kernels.locality_gate.kernel import locality_gate_triton
 
     return locality_gate_triton(o, l, g_logits, w_o, w_l, gate_bias, eps=eps, activation=activation)
-
-
-def _is_exporting() -> bool:
-    # torch.compiler.is_exporting() is also true under torch.compile in torch 2.11; the flag behind it is right.
-    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _check_arguments(tensors: dict[str, Tensor]) -> None:

@@ -11,7 +11,6 @@ is the heads and nothing else, so a tile needs one row of the bias.
 Suffixes: X any leading axes, A T H folded row axes, R rows of a tile, V channels of a head, P programs, K sums.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -23,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vision_gates.kernels.launching import operator, traceable
+from vision_gates.kernels.launching import on_device, operator, traceable
 
 __all__ = ["locality_gate_triton"]
 
@@ -201,7 +200,7 @@ def _forward(
     inputs, walk = _plan(o_XV, l_XV, g_XV, keep_heads=b_HV is not None)
     y_XV = torch.empty(o_XV.shape, dtype=o_XV.dtype, device=o_XV.device)
     constants, tiles_T = _uncached_in_traces(_tile, o_XV)(walk, int(o_XV.shape[-1]), _FORWARD_TILE)
-    with _device_guard(o_XV):
+    with on_device(o_XV.device):
         traceable(_locality_gate_forward_kernel, o_XV)[(walk.n_A * tiles_T * walk.n_H,)](
             *inputs, *_parameters(w_o_V, w_l_V, b_HV), y_XV, *walk.strides, walk.n_T, tiles_T, eps,
             BIASED=b_HV is not None, ACTIVATION=activation, num_warps=_NUM_WARPS, **constants,
@@ -230,7 +229,7 @@ def _backward(
     n_programs = min(n_tiles, max(1, _BACKWARD_PROGRAMS // n_heads) * n_heads)
     n_sums = 2 if b_HV is None else 3
     sums_PKV = torch.empty((n_programs, n_sums, o_XV.shape[-1]), dtype=torch.float32, device=o_XV.device)
-    with _device_guard(o_XV):
+    with on_device(o_XV.device):
         traceable(_locality_gate_backward_kernel, o_XV)[(n_programs,)](
             *inputs, *_parameters(w_o_V, w_l_V, b_HV), do_XV, dl_XV, dg_XV, sums_PKV,
             *walk.strides, n_tiles, walk.n_T, tiles_T, eps,
@@ -308,13 +307,6 @@ def _tile(walk: _Walk, n_channels: int, elements: int) -> tuple[dict[str, int], 
         "V": n_channels, "H": int(walk.n_H), "R": n_rows, "BLOCK_V": block, "UNIT": walk.unit, "FLAT": walk.n_A == 1,
     }  # fmt: skip
     return constants, triton.cdiv(walk.n_T, n_rows)
-
-
-def _device_guard(x: Tensor) -> contextlib.AbstractContextManager:
-    # A launch goes to the current device. Entering a guard costs more than looking.
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
 
 
 # -------------------------------------------------------------------------------------------------------- autograd

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from vision_gates.kernels.launching import autocast_dtype, is_exporting
 from vision_gates.kernels.low_rank_decay.reference import low_rank_decay_reference
 
 __all__ = ["low_rank_decay"]
@@ -46,12 +47,12 @@ def low_rank_decay(
     _check_tensors(low_rank, weight, bias)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    autocast = _autocast_dtype(low_rank, weight, bias)
+    autocast = autocast_dtype(low_rank, weight, bias)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if autocast is None and tensor.dtype != low_rank.dtype:
             raise TypeError(f"{name} must be {low_rank.dtype} like low_rank, got {tensor.dtype}")
     if backend is None:
-        on_kernel = _HAS_TRITON and low_rank.is_cuda and low_rank.dtype != torch.float64 and not _is_exporting()
+        on_kernel = _HAS_TRITON and low_rank.is_cuda and low_rank.dtype != torch.float64 and not is_exporting()
         backend = "triton" if on_kernel else "reference"
     if backend == "reference":
         return low_rank_decay_reference(low_rank, weight, bias, temperature=temperature)
@@ -63,19 +64,6 @@ def low_rank_decay(
     if autocast is not None:
         low_rank, weight, bias = low_rank.to(autocast), weight.to(autocast), bias.to(autocast)
     return low_rank_decay_triton(low_rank, weight, bias, temperature=temperature)
-
-
-def _autocast_dtype(*tensors: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast, if it is on, casts the arguments of F.linear."""
-    kind = tensors[0].device.type
-    if tensors[0].is_meta or any(x.dtype == torch.float64 for x in tensors):
-        return None
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def _is_exporting() -> bool:
-    # torch.compiler.is_exporting() is also true under torch.compile in torch 2.11; the flag behind it is right.
-    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _check_tensors(low_rank: Tensor, weight: Tensor, bias: Tensor) -> None:

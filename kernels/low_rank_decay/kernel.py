@@ -7,7 +7,6 @@ Suffixes: M rows, R channels of low rank, K channels of the decays.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vision_gates.kernels.launching import operator, traceable
+from vision_gates.kernels.launching import as_rows, on_device, operator, traceable
 
 __all__ = ["low_rank_decay_triton"]
 
@@ -159,24 +158,12 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], strides: tuple[int, ...], 
     tf32 = x_MR.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     options = _launch_options(int(R), int(K), x_MR.dtype, tf32)
     grid = (triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(K, options["BLOCK_K"]),)
-    with _on(x_MR.device):
+    with on_device(x_MR.device):
         traceable(kernel, x_MR)[grid](*tensors, M, K, *strides, 1 / temperature, **options)
 
 
-def _on(device: torch.device) -> AbstractContextManager:
-    """Entering a device costs microseconds: only where it is another than the present one."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else nullcontext()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., C) as (M, C) with channels next to each other, copied only where strides ask for it."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _forward(low_rank: Tensor, weight: Tensor, bias: Tensor, temperature: float) -> Tensor:
-    x_MR, weight, bias = _rows(low_rank), _rows(weight), bias.contiguous()
+    x_MR, weight, bias = as_rows(low_rank), as_rows(weight), bias.contiguous()
     g = torch.empty((*low_rank.shape[:-1], weight.shape[0]), dtype=low_rank.dtype, device=low_rank.device)
     strides = (x_MR.stride(0), weight.stride(0))
     _launch(_low_rank_decay_forward_kernel, (x_MR, weight, bias, g), strides, temperature)
@@ -185,7 +172,7 @@ def _forward(low_rank: Tensor, weight: Tensor, bias: Tensor, temperature: float)
 
 def _backward(dg: Tensor, low_rank: Tensor, weight: Tensor, bias: Tensor, temperature: float) -> Tensor:
     """The gradient of z, (M, K)."""
-    dg_MK, x_MR, weight, bias = _rows(dg), _rows(low_rank), _rows(weight), bias.contiguous()
+    dg_MK, x_MR, weight, bias = as_rows(dg), as_rows(low_rank), as_rows(weight), bias.contiguous()
     dz = torch.empty((x_MR.shape[0], weight.shape[0]), dtype=low_rank.dtype, device=low_rank.device)
     strides = (x_MR.stride(0), weight.stride(0), dg_MK.stride(0))
     _launch(_low_rank_decay_backward_kernel, (x_MR, weight, bias, dg_MK, dz), strides, temperature)

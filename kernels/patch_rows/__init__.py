@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from vision_gates.kernels.launching import is_exporting
 from vision_gates.kernels.patch_rows.reference import patch_rows_reference
 
 __all__ = ["patch_rows"]
@@ -39,7 +40,7 @@ def patch_rows(x: Tensor, *, kernel_size: int, stride: int, padding: int, backen
     """
     _check_arguments(x, kernel_size, stride, padding)
     if backend is None:
-        on_kernel = _HAS_TRITON and x.is_cuda and x.dtype != torch.float64 and not _is_exporting()
+        on_kernel = _HAS_TRITON and x.is_cuda and x.dtype != torch.float64 and not is_exporting()
         backend = "triton" if on_kernel else "reference"
     if backend == "reference":
         return patch_rows_reference(x, kernel_size=kernel_size, stride=stride, padding=padding)
@@ -49,11 +50,6 @@ def patch_rows(x: Tensor, *, kernel_size: int, stride: int, padding: int, backen
     from vision_gates.kernels.patch_rows.kernel import patch_rows_triton
 
     return patch_rows_triton(x, kernel_size, stride, padding)
-
-
-def _is_exporting() -> bool:
-    # torch.compiler.is_exporting() is also true under torch.compile in torch 2.11; the flag behind it is right.
-    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _check_arguments(x: Tensor, kernel_size: int, stride: int, padding: int) -> None:

@@ -9,7 +9,6 @@ rows. What depends on the column alone, offset and mask, stays in registers from
 Suffixes: B batch, C channels, H W height and width, P positions along an output row, K columns.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_gates.kernels.launching import operator, traceable
+from vision_gates.kernels.launching import on_device, operator, traceable
 
 __all__ = ["patch_rows_triton"]
 
@@ -104,7 +103,7 @@ def _forward(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
     block_K = min(_BLOCK_K, triton.next_power_of_2(int(K)))
     x_B, x_C, x_H, x_W = x.stride()
     grid = (triton.cdiv(K, block_K) * triton.cdiv(out_W, _BLOCK_P) * triton.cdiv(out_H, rows) * B,)
-    with _on(x.device):
+    with on_device(x.device):
         traceable(_patch_rows_kernel, x)[grid](
             x, y, x_B, x_C, x_H, x_W, H, W, out_H, out_W, rows,
             C=int(C), KERNEL=kernel_size, STRIDE=stride, PADDING=padding,
@@ -112,12 +111,6 @@ def _forward(x: Tensor, kernel_size: int, stride: int, padding: int) -> Tensor:
             BLOCK_P=_BLOCK_P, BLOCK_K=block_K, num_warps=max(1, block_K // 16),
         )  # fmt: skip
     return y
-
-
-def _on(device: torch.device) -> AbstractContextManager:
-    """Entering a device costs microseconds: only where it is another than the present one."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 def _backward(dy: Tensor, C: int, H: int, W: int, kernel_size: int, stride: int, padding: int) -> Tensor:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from vision_gates.kernels.launching import autocast_dtype, is_exporting
 from vision_gates.kernels.swiglu_linear.reference import swiglu_linear_reference
 
 __all__ = ["swiglu_linear"]
@@ -36,11 +37,11 @@ def swiglu_linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> T
         RuntimeError: the backend "triton" was asked for and is not available.
     """
     _check_tensors(x, weight)
-    autocast = _autocast_dtype(x, weight)
+    autocast = autocast_dtype(x, weight)
     if autocast is None and weight.dtype != x.dtype:
         raise TypeError(f"weight must be {x.dtype} like x, got {weight.dtype}")
     if backend is None:
-        on_kernel = _HAS_TRITON and x.is_cuda and x.dtype != torch.float64 and not _is_exporting()
+        on_kernel = _HAS_TRITON and x.is_cuda and x.dtype != torch.float64 and not is_exporting()
         backend = "triton" if on_kernel else "reference"
     if backend == "reference":
         return swiglu_linear_reference(x, weight)
@@ -52,19 +53,6 @@ def swiglu_linear(x: Tensor, weight: Tensor, *, backend: str | None = None) -> T
     if autocast is not None:
         x, weight = x.to(autocast), weight.to(autocast)
     return swiglu_linear_triton(x, weight)
-
-
-def _autocast_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast, if it is on, casts the arguments of F.linear."""
-    kind = x.device.type
-    if x.is_meta or torch.float64 in (x.dtype, weight.dtype):
-        return None
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def _is_exporting() -> bool:
-    # torch.compiler.is_exporting() is also true under torch.compile in torch 2.11; the flag behind it is right.
-    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _check_tensors(x: Tensor, weight: Tensor) -> None:

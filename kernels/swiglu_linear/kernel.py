@@ -10,7 +10,6 @@ Suffixes: M rows, C input channels, D hidden channels.
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -20,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vision_gates.kernels.launching import operator, traceable
+from vision_gates.kernels.launching import as_rows, on_device, operator, traceable
 
 __all__ = ["swiglu_linear_triton"]
 
@@ -140,24 +139,12 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], strides: tuple[int, ...], 
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     n_programs, options = _launch_options(int(C), int(D), x.dtype, tf32, x.device)
     n_tiles = triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(int(D), options["BLOCK_D"])
-    with _on(x.device):
+    with on_device(x.device):
         traceable(kernel, x)[(n_programs,)](*tensors, M, n_tiles, *strides, **options)
 
 
-def _on(device: torch.device) -> AbstractContextManager:
-    """Entering a device costs microseconds: only where it is another than the present one."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else nullcontext()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., C) as (M, C) with channels next to each other, copied only where strides ask for it."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _forward(x: Tensor, weight: Tensor) -> Tensor:
-    x_MC, weight = _rows(x), _rows(weight)
+    x_MC, weight = as_rows(x), as_rows(weight)
     (M, C), D = x_MC.shape, weight.shape[0] // 2
     h = torch.empty((*x.shape[:-1], D), dtype=x.dtype, device=x.device)
     _launch(_swiglu_linear_forward_kernel, (x_MC, weight, h), (x_MC.stride(0), weight.stride(0)), M, C, D)
@@ -166,7 +153,7 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
 
 def _backward(dh: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """The gradient of x W^T, (M, 2D): that of a in its first half, that of b in its second."""
-    dh_MD, x_MC, weight = _rows(dh), _rows(x), _rows(weight)
+    dh_MD, x_MC, weight = as_rows(dh), as_rows(x), as_rows(weight)
     (M, C), D = x_MC.shape, weight.shape[0] // 2
     dab = torch.empty((M, 2 * D), dtype=x.dtype, device=x.device)
     strides = (dh_MD.stride(0), x_MC.stride(0), weight.stride(0))

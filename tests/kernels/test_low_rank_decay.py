@@ -199,11 +199,11 @@ def test_strides_do_not_matter(device):
 
 @either_device
 def test_rows_of_a_projection_are_not_copied(device):
-    from vision_gates.kernels.low_rank_decay.kernel import _rows
+    from vision_gates.kernels.launching import as_rows
 
     wide = torch.randn(2, 5, 3 * 20 + 16, device=device)
     low_rank = wide[..., 60:]
-    assert _rows(low_rank).data_ptr() == low_rank.data_ptr() and _rows(low_rank).stride() == (76, 1)
+    assert as_rows(low_rank).data_ptr() == low_rank.data_ptr() and as_rows(low_rank).stride() == (76, 1)
     (_, weight, bias), dg = make((10, 16, 20), device=device)
     got = run(low_rank_decay_triton, [low_rank, weight, bias], dg.view(2, 5, 20))
     assert got[0].is_contiguous() and got[1].shape == (2, 5, 16)
