@@ -6,30 +6,13 @@ Suffixes: B batch, C channels, H W height and width.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_gates.decoders._layers import check_levels, conv_norm_act, resize
+
 __all__ = ["PyramidDecoder"]
-
-
-def _conv_norm_act(in_chans: int, out_chans: int, *, stride: int = 1) -> nn.Sequential:
-    # Group normalisation: batches of a few large images are the rule in segmentation, and train equals eval.
-    # Four channels a group at least: one value alone cannot be normalised, and the coarsest map may be 1x1.
-    groups = next((groups for groups in (8, 4, 2) if out_chans % groups == 0 and out_chans // groups >= 4), 1)
-    return nn.Sequential(
-        nn.Conv2d(in_chans, out_chans, kernel_size=3, stride=stride, padding=1, bias=False),
-        nn.GroupNorm(groups, out_chans),
-        nn.GELU(),
-    )
-
-
-def _resize(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
-    if x_BCHW.shape[-2:] == like_BCHW.shape[-2:]:
-        return x_BCHW
-    return F.interpolate(x_BCHW, size=like_BCHW.shape[-2:], mode="bilinear", align_corners=False)
 
 
 class PyramidDecoder(nn.Module):
@@ -58,21 +41,18 @@ class PyramidDecoder(nn.Module):
         detail_channels: int = 16,
     ) -> None:
         super().__init__()
-        if not encoder_channels:
-            raise ValueError("the decoder needs at least one encoder level, got none")
-        if any(fine > coarse for fine, coarse in pairwise(encoder_reductions)):
-            raise ValueError(f"encoder levels must go from fine to coarse, got reductions {list(encoder_reductions)}")
+        check_levels(encoder_reductions, fewest=1)
         if channels < 4 or 0 < detail_channels < 4 or detail_channels < 0:
             raise ValueError(
                 f"channels must be at least 4 and detail_channels 0 or at least 4, got {channels} and {detail_channels}"
             )
         self.laterals = nn.ModuleList(nn.Conv2d(c, channels, kernel_size=1) for c in encoder_channels)
-        self.fuse = nn.ModuleList(_conv_norm_act(channels, channels) for _ in encoder_channels)
+        self.fuse = nn.ModuleList(conv_norm_act(channels, channels) for _ in encoder_channels)
         self.details: nn.ModuleList | None = None
         if detail_channels:
             half, full = 2 * detail_channels, detail_channels
-            self.details = nn.ModuleList([_conv_norm_act(in_chans, half, stride=2), _conv_norm_act(in_chans, full)])
-            self.merge = nn.ModuleList([_conv_norm_act(channels + half, half), _conv_norm_act(half + full, full)])
+            self.details = nn.ModuleList([conv_norm_act(in_chans, half, stride=2), conv_norm_act(in_chans, full)])
+            self.merge = nn.ModuleList([conv_norm_act(channels + half, half), conv_norm_act(half + full, full)])
         self.classifier = nn.Conv2d(detail_channels or channels, num_classes, kernel_size=1)
 
     def forward(self, features: list[Tensor], image: Tensor) -> Tensor:
@@ -82,13 +62,13 @@ class PyramidDecoder(nn.Module):
             reversed(features), reversed(self.laterals), reversed(self.fuse), strict=True
         ):
             level = lateral(feature)
-            x = fuse(level if x is None else level + _resize(x, level))
+            x = fuse(level if x is None else level + resize(x, level))
         assert x is not None  # __init__ refuses an empty pyramid
         if self.details is not None:
             for detail, merge in zip(self.details, self.merge, strict=True):
                 level = detail(image)
-                x = merge(torch.cat([_resize(x, level), level], dim=1))
-        return _resize(self.classifier(x), image)
+                x = merge(torch.cat([resize(x, level), level], dim=1))
+        return resize(self.classifier(x), image)
 
 
 Decoder = PyramidDecoder

@@ -1,0 +1,40 @@
+"""Layers that decoders share."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["check_levels", "conv_norm_act", "resize"]
+
+
+def check_levels(encoder_reductions: Sequence[int], *, fewest: int) -> None:
+    """Raise ValueError unless there are ``fewest`` encoder levels or more, from fine to coarse."""
+    if len(encoder_reductions) < fewest:
+        needed = "one encoder level" if fewest == 1 else f"{fewest} encoder levels"
+        raise ValueError(
+            f"the decoder needs at least {needed}, got {len(encoder_reductions) or 'none'}: "
+            "choose another encoder, or more of its levels with out_indices"
+        )
+    if any(fine > coarse for fine, coarse in pairwise(encoder_reductions)):
+        raise ValueError(f"encoder levels must go from fine to coarse, got reductions {list(encoder_reductions)}")
+
+
+def conv_norm_act(in_chans: int, out_chans: int, *, stride: int = 1) -> nn.Sequential:
+    """Convolution 3x3, group normalisation, GELU."""
+    # Group normalisation: batches of a few large images are the rule in segmentation, and train equals eval.
+    # Four channels a group at least: one value alone cannot be normalised, and the coarsest map may be 1x1.
+    groups = next((groups for groups in (8, 4, 2) if out_chans % groups == 0 and out_chans // groups >= 4), 1)
+    return nn.Sequential(
+        nn.Conv2d(in_chans, out_chans, kernel_size=3, stride=stride, padding=1, bias=False),
+        nn.GroupNorm(groups, out_chans),
+        nn.GELU(),
+    )
+
+
+def resize(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
+    """Interpolate bilinearly to the height and width of another map."""
+    if x_BCHW.shape[-2:] == like_BCHW.shape[-2:]:
+        return x_BCHW
+    return F.interpolate(x_BCHW, size=like_BCHW.shape[-2:], mode="bilinear", align_corners=False)
