@@ -22,9 +22,10 @@ def test_every_model_of_the_package_has_a_row_and_a_source(rows):
     assert [row["name"] for row in rows] == timm.list_models("vg_*")
     for row in rows:
         assert row["paper"].startswith("arXiv:") and row["code"].startswith("https://") and row["licence"], row["name"]
-        assert row["input"] == "224 x 224"
-        # A result in a paper and released weights come together; what is ours alone has neither.
-        assert (row["top1"] is None) == (row["weights"] == "none"), row["name"]
+        assert row["input"] == ("384 x 384" if "384" in row["name"] else "224 x 224")
+        # A result in a paper comes with released weights; what is ours alone has neither.
+        assert row["top1"] is None or row["weights"] != "none", row["name"]
+        assert not row["name"].endswith("_atto") or (row["top1"], row["weights"]) == (None, "none")
         assert row["top1"] is None or 50 < row["top1"] < 95
 
 
@@ -76,10 +77,15 @@ def test_names_and_numbers_stay_whole_on_a_terminal(rows, width):
     for row in rows:
         (line,) = [line for line in lines if line and line[0] == row["name"]]
         top1 = "-" if row["top1"] is None else str(row["top1"])
-        strides = "4-32" if "_h_" in row["name"] else "16"
-        parameters = [f"{row['parameters']:.2f}", "M"]
-        weights = row["weights"].split(":")[0]
-        assert line[1:] == ["vig", *parameters, "224", strides, "2405.18425", row["licence"], top1, weights]
+        fine, *_, coarse = (*row["reductions"], row["reductions"][-1])
+        strides = str(fine) if fine == coarse else f"{fine}-{coarse}"
+        parameters = f"{row['parameters']:.2f}"
+        size, paper, weights = (
+            row["input"].split()[0],
+            row["paper"].removeprefix("arXiv:"),
+            row["weights"].split(":")[0],
+        )
+        assert line[1:] == [parameters, size, strides, paper, row["licence"], top1, weights]
 
 
 def test_main(capsys):

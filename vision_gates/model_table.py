@@ -111,8 +111,9 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 _HEADINGS = ("name", "family", "params (M)", "input", "reductions", "paper", "code", "licence", "top-1", "weights")
 _RIGHT = ("params (M)", "top-1")
 _CAPTION = (
-    "params: with the classifier of 1,000 classes. strides: of the feature pyramid. paper: arXiv. top-1: ImageNet-1k "
-    "accuracy in percent as the paper gives it, not measured here. weights: what pretrained=True can take."
+    "params: millions, with the classifier of 1,000 classes. size: pixels. stride: of the feature pyramid. paper: "
+    "arXiv. top-1: ImageNet-1k accuracy in percent as the paper gives it, not measured here. weights: where they are, "
+    "on Hugging Face's hub or on a page of the authors."
 )
 
 
@@ -123,7 +124,7 @@ def model_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
     from rich.text import Text
 
     table = Table(caption=_CAPTION, caption_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=0)
-    for heading in ("name", "family", "params", "input", "strides", "paper", "licence", "top-1", "weights"):
+    for heading in ("name", "params", "size", "stride", "paper", "licence", "top-1", "weights"):
         justify: Literal["left", "right"] = "right" if heading in ("params", "top-1") else "left"
         table.add_column(heading, justify=justify, overflow="fold", min_width=len(heading), no_wrap=heading == "name")
     for row in rows:
@@ -131,8 +132,7 @@ def model_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
         paper = str(row["paper"]).removeprefix("arXiv:") or "-"
         table.add_row(
             row["name"],
-            row["family"],
-            f"{row['parameters']:.2f} M",
+            f"{row['parameters']:.2f}",
             _square(row["input"]),
             f"{min(strides)}-{max(strides)}" if len(set(strides)) > 1 else str(*set(strides)) or "-",
             Text(paper, style=f"link {row['code']}" if row["code"] else ""),

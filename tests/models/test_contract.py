@@ -150,7 +150,8 @@ class TestModelContract:
             (first,) = model.forward_intermediates(image(), indices=[0], stop_early=True, intermediates_only=True)
             torch.testing.assert_close(first, intermediates[0])
             (normed,) = model.forward_intermediates(image(), indices=1, norm=True, intermediates_only=True)
-            as_map = final if final.ndim == 4 else final.transpose(1, 2).unflatten(2, normed.shape[2:])
+            patches = final if final.ndim == 4 else final[:, getattr(model, "num_prefix_tokens", 0) :]
+            as_map = patches if final.ndim == 4 else patches.transpose(1, 2).unflatten(2, normed.shape[2:])
             torch.testing.assert_close(normed, as_map)
         with pytest.raises(ValueError, match="output_fmt"):
             model.forward_intermediates(image(), output_fmt="NHCW")
@@ -244,13 +245,15 @@ class TestModelContract:
     def test_pretrained_offline_says_what_to_put_where(self, name, tmp_path, monkeypatch):
         monkeypatch.setenv("VISION_GATES_WEIGHTS", str(tmp_path))
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        if name.endswith("_atto"):
+        cfg = timm.get_pretrained_cfg(name)
+        if not (cfg.hf_hub_id or cfg.url):
             with pytest.raises(RuntimeError, match=f"no pretrained weights exist for {name}"):
                 timm.create_model(name, pretrained=True)
             return
         with pytest.raises(RuntimeError) as error:
             timm.create_model(name, pretrained=True)
-        assert str(tmp_path / f"{name}.pth") in str(error.value) and "https://huggingface.co/" in str(error.value)
+        source = f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
+        assert str(tmp_path / f"{name}.pth") in str(error.value) and source in str(error.value)
 
     def test_pretrained_from_a_file(self, name, tmp_path, monkeypatch):
         monkeypatch.setenv("VISION_GATES_WEIGHTS", str(tmp_path))

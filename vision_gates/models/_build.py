@@ -39,9 +39,14 @@ def _find_weights(variant: str) -> Path:
             return path
     cfg = get_pretrained_cfg(variant, allow_unregistered=False)
     hub_id = cfg and cfg.hf_hub_id
+    wanted = folder / f"{variant}.pth"
+    if not hub_id and cfg and cfg.url:
+        raise RuntimeError(
+            f"no weights for {variant}: {wanted} does not exist. Download this variant's checkpoint, which {cfg.url} "
+            f"links to, and save it there (or set VISION_GATES_WEIGHTS to the folder that holds {wanted.name})"
+        )
     if not hub_id:
         raise RuntimeError(f"no pretrained weights exist for {variant}: use pretrained=False")
-    wanted = folder / f"{variant}.pth"
     try:
         return _download(variant, hub_id)
     except Exception as error:  # every way a hub can fail (offline, proxy, renamed file) has the same remedy
@@ -61,7 +66,10 @@ def _download(variant: str, hub_id: str) -> Path:
     family = family.replace("_", "[-_]?")
     pattern = re.compile(rf"(^|[^a-z0-9]){family}[-_]?({size}|{size[0]})([^a-z0-9]|$)", re.IGNORECASE)
     names = [name for name in list_repo_files(hub_id) if name.endswith(_SUFFIXES)]
-    matches = [name for name in names if pattern.search(Path(name).name)]
+    # A repository of one model may call its file just that; timm's do.
+    matches = [name for name in names if pattern.search(Path(name).name)] or [
+        name for name in names if name == "model.safetensors"
+    ]
     if len(matches) != 1:
         raise FileNotFoundError(f"{len(matches)} of the files {', '.join(names) or '(none)'} look like {variant}")
     return Path(hf_hub_download(hub_id, matches[0]))

@@ -3,7 +3,7 @@
 Suffixes: B batch, C channels, H W height and width of the map, N = H * W tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from timm.models import checkpoint
@@ -22,8 +22,10 @@ class LayeredModel(nn.Module):
 
     layers_name: str  # attribute that holds the layers
     output_fmts: tuple[str, ...]
+    global_pools: tuple[str, ...] = ("avg", "")
     feature_info: list[dict[str, Any]]
     norm: nn.Module
+    head_norm: nn.Module  # after pooling; Identity unless a model sets it
     head: nn.Module
     _embed: Callable[[Tensor], Tensor]  # images (B, in_chans, height, width) to (B, H, W, C)
 
@@ -33,6 +35,7 @@ class LayeredModel(nn.Module):
 
     def _init_head(self, num_features: int, *, num_classes: int, global_pool: str, drop_rate: float) -> None:
         self.num_features = self.head_hidden_size = num_features
+        self.head_norm = nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Identity()
         self.reset_classifier(num_classes, global_pool)
@@ -46,14 +49,15 @@ class LayeredModel(nn.Module):
 
         Args:
             num_classes: outputs of the new layer.
-            global_pool: "avg" or "" (no pooling); None keeps the present one.
+            global_pool: one of ``global_pools``, "" for no pooling; None keeps the present one.
 
         Raises:
             ValueError: another ``global_pool``.
         """
         if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise ValueError(f"global_pool must be 'avg' or '', got {global_pool!r}")
+            if global_pool not in self.global_pools:
+                known = " or ".join(map(repr, self.global_pools))
+                raise ValueError(f"global_pool must be {known}, got {global_pool!r}")
             self.global_pool = global_pool
         self.num_classes = num_classes
         if num_classes == 0:
@@ -71,17 +75,32 @@ class LayeredModel(nn.Module):
     def _run(self, layer: nn.Module, x_BHWC: Tensor) -> Tensor:
         return checkpoint(layer, x_BHWC) if self.grad_checkpointing else layer(x_BHWC)
 
+    def _run_layers(
+        self, x_BCHW: Tensor, count: int | None = None, *, keep: Collection[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Embed images and run the first ``count`` layers, by default all.
+
+        Returns:
+            The result (B, H, W, C), or tokens (B, N, C) of a model whose tokens are no grid; and the output of each
+            layer in ``keep``, (B, H, W, C).
+        """
+        x_BHWC = self._embed(x_BCHW)
+        kept = {}
+        for i, layer in enumerate(self._layers[:count]):
+            x_BHWC = self._run(layer, x_BHWC)
+            if i in keep:
+                kept[i] = x_BHWC
+        return x_BHWC, kept
+
     def forward_features(self, x_BCHW: Tensor) -> Tensor:
         """Map images (B, in_chans, height, width) to normalised features in the first of ``output_fmts``."""
-        x_BHWC = self._embed(x_BCHW)
-        for layer in self._layers:
-            x_BHWC = self._run(layer, x_BHWC)
-        return _to_format(self.norm(x_BHWC), self.output_fmts[0])
+        x, _ = self._run_layers(x_BCHW)
+        return _to_format(self.norm(x), self.output_fmts[0])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool what forward_features gave and classify it; ``pre_logits`` stops before the classifier."""
         if self.global_pool == "avg":
-            x = x.mean(dim=1 if x.ndim == 3 else (2, 3))
+            x = self.head_norm(x.mean(dim=1 if x.ndim == 3 else (2, 3)))
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
@@ -117,17 +136,16 @@ class LayeredModel(nn.Module):
         if output_fmt not in self.output_fmts:
             raise ValueError(f"output_fmt must be one of {self.output_fmts}, got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self._layers), indices)
-        last = len(self._layers) - 1
+        depth = len(self._layers)
+        count = max_index + 1 if stop_early else depth
+        x, kept = self._run_layers(x, count, keep=take_indices)
         intermediates = []
-        x_BHWC = self._embed(x)
-        for i, layer in enumerate(self._layers[: max_index + 1] if stop_early else self._layers):
-            x_BHWC = self._run(layer, x_BHWC)
-            if i in take_indices:
-                normed = norm and (i == last or "NLC" in self.output_fmts)
-                intermediates.append(_to_format(self.norm(x_BHWC) if normed else x_BHWC, output_fmt).contiguous())
+        for i, y_BHWC in kept.items():
+            normed = norm and (i == depth - 1 or "NLC" in self.output_fmts)
+            intermediates.append(_to_format(self.norm(y_BHWC) if normed else y_BHWC, output_fmt).contiguous())
         if intermediates_only:
             return intermediates
-        return _to_format(self.norm(x_BHWC) if i == last else x_BHWC, self.output_fmts[0]), intermediates
+        return _to_format(self.norm(x) if count == depth else x, self.output_fmts[0]), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -141,12 +159,14 @@ class LayeredModel(nn.Module):
         if pruned:
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
         if prune_head or pruned:
+            self.head_norm = nn.Identity()
             self.reset_classifier(0, "")
         return take_indices
 
 
-def _to_format(x_BHWC: Tensor, output_fmt: str) -> Tensor:
-    return x_BHWC.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x_BHWC.flatten(1, 2)
+def _to_format(x: Tensor, output_fmt: str) -> Tensor:
+    """(B, H, W, C), or tokens (B, N, C) that only "NLC" fits."""
+    return x.permute(0, 3, 1, 2) if output_fmt == "NCHW" else x.flatten(1, -2)
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
