@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vision_gates.gates import AttentionGate
 from vision_gates.gates.attention_gate import GateStyle, Norm, conv_layer, init_conv_and_norm, norm_layer, resize
+from vision_gates.models._checkpoint import unwrap
 
 __all__ = ["AttentionUNet", "checkpoint_filter_fn"]
 
@@ -295,11 +296,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         state_dict: a loaded checkpoint.
         model: the :class:`AttentionUNet` it is for.
     """
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-            break
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    state_dict = unwrap(state_dict)
     if any(key.startswith("up_concat") for key in state_dict):
         state_dict = {_from_official_name(key): value for key, value in state_dict.items()}
     return state_dict

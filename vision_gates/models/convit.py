@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from vision_gates.gates import GatedPositionalSelfAttention
 from vision_gates.models._build import build_model
+from vision_gates.models._checkpoint import fit_pos_embed, resize_pos_embed, unwrap
 from vision_gates.models._layered import LayeredModel, drop_path_rates
 from vision_gates.models._stem import embed_patches
-from vision_gates.models.vig import _resize_pos_embed
 
 __all__ = ["ConViT"]
 
@@ -167,7 +167,7 @@ class ConViT(LayeredModel):
             x_BCHW = F.pad(x_BCHW, (0, W * self.patch_size - width, 0, H * self.patch_size - height))
         x_BHWC = embed_patches(x_BCHW, self.patch_embed).permute(0, 2, 3, 1)
         # Under autocast the sum is float32, and so is the residual stream from here on.
-        return x_BHWC + _resize_pos_embed(self.pos_embed, self.grid_size, (H, W)).view(1, H, W, -1)
+        return x_BHWC + resize_pos_embed(self.pos_embed, self.grid_size, (H, W)).view(1, H, W, -1)
 
     def _run_layers(
         self, x_BCHW: Tensor, count: int | None = None, *, keep: Collection[int] = ()
@@ -256,22 +256,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: a position embedding of another grid that is not square, whose height and width are unknown.
     """
-    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-            break
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    state_dict = unwrap(state_dict)
     if "patch_embed.proj.weight" in state_dict:
         state_dict = _from_official(state_dict)
-    source = state_dict.get("pos_embed")
-    if isinstance(model, ConViT) and source is not None and source.shape[1] != model.pos_embed.shape[1]:
-        side = round(source.shape[1] ** 0.5)  # official embeddings are square
-        if side * side != source.shape[1]:
-            raise ValueError(
-                f"pos_embed of {source.shape[1]} tokens is not of a square image: build the model with the img_size "
-                f"of the checkpoint (its grid is not {model.grid_size[0]}x{model.grid_size[1]})"
-            )
-        state_dict["pos_embed"] = _resize_pos_embed(source, (side, side), model.grid_size)
+    if isinstance(model, ConViT) and "pos_embed" in state_dict:
+        state_dict["pos_embed"] = fit_pos_embed(state_dict["pos_embed"], model.grid_size)
     return state_dict
 
 

@@ -22,6 +22,7 @@ from torch.nn.init import trunc_normal_
 from vision_gates.gates import GlobalLocalFilter, GnConv
 from vision_gates.gates.global_local_filter import resize_spectrum
 from vision_gates.models._build import build_model
+from vision_gates.models._checkpoint import unwrap
 from vision_gates.models._layered import LayeredModel, drop_path_rates
 from vision_gates.models._stem import embed_patches
 
@@ -211,11 +212,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
         state_dict: a loaded checkpoint.
         model: the :class:`HorNet` it is for.
     """
-    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-            break
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    state_dict = unwrap(state_dict)
     if any(key.startswith("downsample_layers.") for key in state_dict):
         state_dict = {_from_official_name(key): value for key, value in state_dict.items()}
     own = model.state_dict()

@@ -13,13 +13,13 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision_gates.gates import BidirectionalGatedLinearAttention, SwiGLU, add_norm
 from vision_gates.models._build import build_model
+from vision_gates.models._checkpoint import fit_pos_embed, resize_pos_embed, unwrap
 from vision_gates.models._layered import LayeredModel, drop_path_rates
 from vision_gates.models._stem import embed_patches
 
@@ -171,16 +171,7 @@ class ViG(LayeredModel):
         H, W = self._grid(*x_BCHW.shape[-2:])
         x_BHWC = self.stem[1:](embed_patches(x_BCHW, self.stem[0])).permute(0, 2, 3, 1)
         # Under autocast the sum is float32, and so is the residual stream from here on.
-        return x_BHWC + _resize_pos_embed(self.pos_embed, self.grid_size, (H, W)).view(1, H, W, -1)
-
-
-def _resize_pos_embed(pos_embed_1NC: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Resize a learned position embedding bicubically, in float32; the official rule (no anti-aliasing)."""
-    if grid == new_grid:
-        return pos_embed_1NC
-    maps_1CHW = pos_embed_1NC.float().unflatten(1, grid).permute(0, 3, 1, 2)
-    maps_1CHW = F.interpolate(maps_1CHW, size=new_grid, mode="bicubic", align_corners=False)
-    return maps_1CHW.flatten(2).transpose(1, 2).to(pos_embed_1NC.dtype)
+        return x_BHWC + resize_pos_embed(self.pos_embed, self.grid_size, (H, W)).view(1, H, W, -1)
 
 
 def _downsample(in_chans: int, out_chans: int) -> nn.Sequential:
@@ -325,22 +316,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: a position embedding of another grid that is not square, whose height and width are unknown.
     """
-    for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-            break
-    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    state_dict = unwrap(state_dict)
     if any(key.startswith("patch_embed.") for key in state_dict):
         state_dict = {_from_official_name(key): value for key, value in state_dict.items()}
-    source = state_dict.get("pos_embed")
-    if isinstance(model, ViG) and source is not None and source.shape[1] != model.pos_embed.shape[1]:
-        side = round(source.shape[1] ** 0.5)  # official embeddings are square
-        if side * side != source.shape[1]:
-            raise ValueError(
-                f"pos_embed of {source.shape[1]} tokens is not of a square image: build the model with the img_size "
-                f"of the checkpoint (its grid is not {model.grid_size[0]}x{model.grid_size[1]})"
-            )
-        state_dict["pos_embed"] = _resize_pos_embed(source, (side, side), model.grid_size)
+    if isinstance(model, ViG) and "pos_embed" in state_dict:
+        state_dict["pos_embed"] = fit_pos_embed(state_dict["pos_embed"], model.grid_size)
     return state_dict
 
 
