@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_gates.kernels.positional_attention import positional_attention
+
 __all__ = ["GatedPositionalSelfAttention"]
 
 
@@ -34,6 +36,10 @@ class GatedPositionalSelfAttention(nn.Module):
         ValueError: ``num_heads`` is not positive or does not divide ``dim``; at run time an input that is not
             (B, H, W, dim).
     """
+
+    gate_kind = "gated positional attention"
+    gate_unit = "head"
+    gate_meaning = "1 attends by position alone, 0 by content alone"
 
     def __init__(self, dim: int, *, num_heads: int, qkv_bias: bool = False, locality_strength: float = 1.0) -> None:
         super().__init__()
@@ -88,24 +94,42 @@ class GatedPositionalSelfAttention(nn.Module):
         linear_x, linear_y, square = _at_least_float32(self.pos_weight)[..., None, None].unbind(1)
         return _axis_attention(linear_y, square, height), _axis_attention(linear_x, square, width)
 
+    def positional_map(self, height: int, width: int, *, query: tuple[int, int] | None = None) -> Tensor:
+        """Positional attention of one query over the grid: where each head looks, whatever the image.
+
+        Args:
+            height: rows of the grid.
+            width: columns of the grid.
+            query: its row and column; None is the middle of the grid.
+
+        Returns:
+            (num_heads, height, width), each map sums to one; float32 or better.
+        """
+        row, column = (height // 2, width // 2) if query is None else query
+        rows_hHH, columns_hWW = self.positional_attention(height, width)
+        return rows_hHH[:, row, :, None] * columns_hWW[:, column, None, :]
+
+    def gate_map(self, x_BHWC: Tensor) -> Tensor:
+        """Return the share of the positional attention in each head, (num_heads,), for any input."""
+        return self.gate
+
+    def neighbourhoods(self, x_BHWC: Tensor) -> Tensor:
+        """:meth:`positional_map` of the input's grid from its middle, relative to the maximum: (num_heads, H, W)."""
+        position_hHW = self.positional_map(*x_BHWC.shape[1:3])
+        return position_hHW / position_hHW.amax(dim=(1, 2), keepdim=True)
+
     def forward(self, x_BHWC: Tensor) -> Tensor:
         """Map (B, H, W, C), already normalised, to (B, H, W, C); the grid may have any H and W."""
         if x_BHWC.ndim != 4 or x_BHWC.shape[-1] != self.dim:
             raise ValueError(f"expected tokens of shape (B, H, W, {self.dim}), got {tuple(x_BHWC.shape)}")
         H, W = x_BHWC.shape[1:3]
         qkv_BN3hD = self.qkv(x_BHWC.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))
-        q_BhND, k_BhND, v_BhND = qkv_BN3hD.permute(2, 0, 3, 1, 4).unbind(0)
-        content_BhND = F.scaled_dot_product_attention(q_BhND, k_BhND, v_BhND)
-
-        rows_hHH, columns_hWW = self.positional_attention(H, W)
-        v_BhHWD = v_BhND.unflatten(2, (H, W))
-        position_BhHWD = torch.einsum("hxw,bhpwd->bhpxd", columns_hWW.to(v_BhHWD.dtype), v_BhHWD)
-        position_BhHWD = torch.einsum("hyp,bhpxd->bhyxd", rows_hHH.to(v_BhHWD.dtype), position_BhHWD)
-
+        q_BNhD, k_BNhD, v_BNhD = qkv_BN3hD.unbind(2)
+        content_BhND = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q_BNhD, k_BNhD, v_BNhD)))
         # Attention is linear in its matrix: the gate weighs two results as it would weigh two matrices.
-        gate = self.gate.to(content_BhND.dtype).view(-1, 1, 1)
-        mixed_BhND = torch.lerp(content_BhND, position_BhHWD.flatten(2, 3), gate)
-        return self.proj(mixed_BhND.transpose(1, 2).flatten(2)).unflatten(1, (H, W))
+        tables = self.positional_attention(H, W)
+        mixed_BNhD = positional_attention(content_BhND.transpose(1, 2), v_BNhD, *tables, self.gate)
+        return self.proj(mixed_BNhD.flatten(2)).unflatten(1, (H, W))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, locality_strength={self.locality_strength}"
