@@ -29,6 +29,11 @@ def gate_tensors():
     return [*tensors(*[(2, 49, 3, 64)] * 3, (64,), (64,), (3, 64)), 1e-6, True]
 
 
+def position_tensors(side):
+    """Content, values, the tables of both axes, the gate."""
+    return [*tensors(*[(2, side**2, 4, 48)] * 2), *(torch.empty(x) for x in ((4, side, side), (4, side, side), 4))]
+
+
 # Kernels by name: module, function that launches them, its arguments.
 LAUNCHES = {
     "gla_short": ("bidirectional_gla", "_forward", lambda: [*scan_tensors(196), 0.1]),
@@ -46,9 +51,18 @@ LAUNCHES = {
     "gate_backward": ("locality_gate", "_backward", lambda: [*tensors((2, 49, 3, 64)), *gate_tensors()]),
     "decay": ("low_rank_decay", "_forward", lambda: [*tensors((98, 16), (192, 16), (192,)), 16.0]),
     "decay_backward": ("low_rank_decay", "_backward", lambda: [*tensors((98, 192), (98, 16), (192, 16), (192,)), 16.0]),
+    "positional": ("positional_attention", "_forward", lambda: position_tensors(14)),
+    "positional_backward": (
+        "positional_attention", "_backward", lambda: [*tensors((2, 196, 4, 48)), *position_tensors(14)]
+    ),
+    "positional_long_backward": (
+        "positional_attention", "_backward", lambda: [*tensors((2, 1600, 4, 48)), *position_tensors(40)]
+    ),
     "patch_rows": ("patch_rows", "_forward", lambda: [*tensors((2, 3, 64, 64)), 9, 8, 1]),
     "swiglu": ("swiglu_linear", "_forward", lambda: tensors((98, 64), (256, 64))),
     "swiglu_backward": ("swiglu_linear", "_backward", lambda: tensors((98, 128), (98, 64), (256, 64))),
+    "upsample": ("upsample_concat", "_forward", lambda: tensors((2, 16, 4, 6, 2), (2, 32, 2, 3, 1))),
+    "upsample_backward": ("upsample_concat", "_backward", lambda: [*tensors((2, 48, 4, 6)), 32]),
 }  # fmt: skip
 
 

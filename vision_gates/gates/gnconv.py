@@ -6,9 +6,14 @@ Suffixes: B batch, S one or more spatial axes (H, W or D, H, W), C channels.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from vision_gates.gates.layer_scale import scaled_linear
+from vision_gates.kernels.gated_depthwise import recursive_gating
+from vision_gates.kernels.launching import is_exporting
 
 __all__ = ["DepthwiseConv2d", "DepthwiseConv3d", "GnConv"]
 
@@ -83,6 +88,11 @@ class GnConv(nn.Module):
             ``combine`` or ``spatial_dims``; at run time an input of another number of axes.
     """
 
+    gate_kind = "gated convolution"
+    gate_unit = "order"
+    gate_meaning = "1 is where this order's factor is largest, 0 where it blocks"
+    gate_relative = True
+
     def __init__(
         self,
         dim: int,
@@ -117,13 +127,19 @@ class GnConv(nn.Module):
         self.widen = nn.ModuleList(nn.Linear(self.widths[i], self.widths[i + 1]) for i in range(order - 1))
         self.proj_out = nn.Linear(dim, dim)
 
-    def forward(self, x_BSC: Tensor) -> Tensor:
-        """Map (B, H, W, C), in 3-D (B, D, H, W, C), to the same shape."""
+    def forward(self, x_BSC: Tensor, layer_scale_C: Tensor | None = None) -> Tensor:
+        """Map (B, H, W, C), in 3-D (B, D, H, W, C), to the same shape, times ``layer_scale_C`` (C,) if given."""
         if x_BSC.ndim != self.spatial_dims + 2:
             axes = "(B, H, W, C)" if self.spatial_dims == 2 else "(B, D, H, W, C)"
             raise ValueError(f"input must have the axes {axes}, got the shape {tuple(x_BSC.shape)}")
+        projected = self.proj_in(x_BSC)
+        on_kernel = projected.is_cuda and self.combine == "mul" and isinstance(self.spatial_filter, DepthwiseConv2d)
+        y = self._gate_by_kernel(projected) if on_kernel and not is_exporting() else self._gate(projected)
+        return scaled_linear(y, self.proj_out, layer_scale_C)
+
+    def _gate(self, projected: Tensor) -> Tensor:
         combine = _COMBINE[self.combine]
-        y, q = self.proj_in(x_BSC).split((self.widths[0], sum(self.widths)), dim=-1)
+        y, q = projected.split((self.widths[0], sum(self.widths)), dim=-1)
         filtered = self.spatial_filter(q)
         if self.scale != 1.0:
             filtered = filtered * self.scale
@@ -131,4 +147,24 @@ class GnConv(nn.Module):
         y = combine(y, first)
         for widen, gate in zip(self.widen, others, strict=True):
             y = combine(widen(y), gate)
-        return self.proj_out(y)
+        return y
+
+    def _gate_by_kernel(self, projected: Tensor) -> Tensor:
+        """The same with each convolution and its product in one pass: no d_i is ever stored."""
+        conv = cast(DepthwiseConv2d, self.spatial_filter)
+        assert conv.bias is not None
+        matrices, offsets = [layer.weight for layer in self.widen], [layer.bias for layer in self.widen]
+        return recursive_gating(projected, conv.weight, conv.bias, matrices, offsets, scale=self.scale)
+
+    def gate_map(self, x_BSC: Tensor, layer_scale_C: Tensor | None = None) -> Tensor:
+        """Return the strength of each d_i: its mean absolute value over channels, relative to the map's maximum.
+
+        The gate of this convolution is a factor of any sign and size, so that only its relative strength is a map:
+        (B, order, *S) in [0, 1]; a map of zeros stays so. With ``combine="add"`` it is the strength of what is added.
+        """
+        _, q = self.proj_in(x_BSC).split((self.widths[0], sum(self.widths)), dim=-1)
+        parts = self.spatial_filter(q).split(self.widths, dim=-1)  # their common scale would cancel
+        strength_BnS = torch.stack([d_BSC.abs().mean(dim=-1) for d_BSC in parts], dim=1)
+        strength_BnS = strength_BnS.to(torch.promote_types(strength_BnS.dtype, torch.float32))
+        largest = strength_BnS.amax(dim=tuple(range(2, strength_BnS.ndim)), keepdim=True)
+        return strength_BnS / largest.clamp_min(torch.finfo(largest.dtype).tiny)

@@ -21,6 +21,7 @@ from torch.nn.init import trunc_normal_
 
 from vision_gates.gates import GlobalLocalFilter, GnConv
 from vision_gates.gates.global_local_filter import resize_spectrum
+from vision_gates.gates.layer_scale import scaled_linear
 from vision_gates.models._build import build_model
 from vision_gates.models._checkpoint import unwrap
 from vision_gates.models._layered import LayeredModel, drop_path_rates
@@ -58,8 +59,9 @@ class HorNetBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        x_BHWC = x_BHWC + self.drop_path(self.gamma1 * self.gnconv(self.norm1(x_BHWC)))
-        return x_BHWC + self.drop_path(self.gamma2 * self.mlp(self.norm2(x_BHWC)))
+        x_BHWC = x_BHWC + self.drop_path(self.gnconv(self.norm1(x_BHWC), self.gamma1))
+        hidden_BHWC = self.mlp.act(self.mlp.fc1(self.norm2(x_BHWC)))
+        return x_BHWC + self.drop_path(scaled_linear(hidden_BHWC, self.mlp.fc2, self.gamma2))
 
 
 def _at_least_one_patch(x_BCHW: Tensor, size: int) -> Tensor:
