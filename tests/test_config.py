@@ -98,6 +98,39 @@ def test_segmentation_mistakes():
     assert parse("task.type=segmentation").model.decoder == {"type": "pyramid", "channels": 64}
 
 
+def test_whole_networks():
+    """They need no decoder, and say which of the model's keys are not for them."""
+
+    def segment(*overrides: str) -> RunConfig:
+        return parse("task.type=segmentation", "model.name=agunet", *overrides)
+
+    config = segment("model.options={widths: [4, 8]}", "task.deep_supervision_weights=[1]")
+    assert config.model.decoder is None and config.task.deep_supervision_weights == (1.0,)
+    assert build_model(config, RunInfo(("a", "b"), 3, None, None, None, {}, {})).in_channels == 3
+    for overrides, message in (
+        (
+            ["model.decoder={type: pyramid}"],
+            "model.decoder: a decoder belongs to an encoder of timm, agunet is a whole",
+        ),
+        (["model.pretrained=true"], "model.pretrained: agunet has no pretrained weights"),
+        (["model.drop_path_rate=0.1"], "model.drop_path_rate: agunet has no stochastic depth"),
+        (["model.options={width: [4]}"], "model.options.width: unknown key; nearest valid key: widths"),
+        (["model.options={in_channels: 3}"], "model.options: in_chans and num_classes come from the data"),
+        (["model.name=agunt"], "model.name: no model 'agunt'; nearest: agunet"),
+        (["task.type=classification"], "model.name: agunet is a network for segmentation, not for task.type classif"),
+        (["task.deep_supervision_weights=[0, 0]"], "task.deep_supervision_weights: numbers >= 0, not all 0"),
+        (["task.deep_supervision_weights=[1, -1]"], "task.deep_supervision_weights: numbers >= 0, not all 0"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            segment(*overrides)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="model: agunet cannot be built with options .*: widths must be two or more"):
+        build_model(segment("model.options={widths: [4]}"), RunInfo(("a", "b"), 3, None, None, None, {}, {}))
+    # What the encoder of a network takes is passed on.
+    ear = segment("model.name=ear_unet", "model.pretrained=true")
+    assert ear.model.pretrained and ear.model.decoder is None
+
+
 def test_mistakes_in_a_file_name_the_file():
     with pytest.raises(ConfigError, match=r"^configs/a.yaml: optim.lrr: unknown key.*nearest valid key: optim.lr$"):
         parse(optim={"lrr": 1})

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vision_gates.losses import ClassificationLoss, SegmentationLoss
+from vision_gates.losses import ClassificationLoss, DeepSupervisionLoss, SegmentationLoss
 
 
 def _batch(*spatial: int, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,3 +166,28 @@ def test_gpu_gives_the_loss_and_gradient_of_the_cpu_deterministically():
         torch.use_deterministic_algorithms(before)
     torch.testing.assert_close(results[0], results[1])
     assert torch.equal(results[1][0], results[2][0]) and torch.equal(results[1][1], results[2][1])
+
+
+def test_deep_supervision_is_the_weighted_mean_of_the_outputs_losses():
+    inner = SegmentationLoss(num_classes=4, class_weights=torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    outputs, target = [_batch(5, 6, seed=seed)[0] for seed in range(3)], _batch(5, 6)[1]
+    a, b, c = (inner(output, target) for output in outputs)
+    torch.testing.assert_close(DeepSupervisionLoss(inner)(outputs, target), (4 * a + 2 * b + c) / 7)
+    torch.testing.assert_close(DeepSupervisionLoss(inner, weights=(3, 0, 1))(tuple(outputs), target), (3 * a + c) / 4)
+    assert torch.equal(DeepSupervisionLoss(inner, weights=(3, 0, 1))(outputs[1], target), b)
+    torch.testing.assert_close(DeepSupervisionLoss(inner)(outputs[:1], target), a)
+    leaves = [output.requires_grad_() for output in outputs]
+    DeepSupervisionLoss(inner)(leaves, target).backward()
+    assert all(leaf.grad.abs().max() > 0 for leaf in leaves)
+
+
+def test_deep_supervision_mistakes():
+    inner = SegmentationLoss(num_classes=4)
+    logits, target = _batch(5, 6)
+    with pytest.raises(ValueError, match="2 outputs for 3 weights of deep supervision"):
+        DeepSupervisionLoss(inner, weights=(1, 1, 1))([logits, logits], target)
+    with pytest.raises(ValueError, match="0 outputs for 0 weights"):
+        DeepSupervisionLoss(inner)([], target)
+    for weights in ((), (0, 0), (1, -1), (1, float("nan")), (1, float("inf"))):
+        with pytest.raises(ValueError, match="finite numbers >= 0, not all zero, are needed"):
+            DeepSupervisionLoss(inner, weights=weights)

@@ -10,7 +10,17 @@ import torch
 from rich.console import Console
 
 from vision_gates.errors import UserError
-from vision_gates.model_table import main, model_rows, model_table, to_csv, to_markdown
+from vision_gates.model_table import (
+    main,
+    model_rows,
+    model_table,
+    network_rows,
+    network_table,
+    networks_to_markdown,
+    to_csv,
+    to_markdown,
+)
+from vision_gates.networks import available_networks
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +98,33 @@ def test_names_and_numbers_stay_whole_on_a_terminal(rows, width):
         assert line[1:] == [parameters, size, strides, paper, row["licence"], top1, weights]
 
 
+def test_networks():
+    rows = network_rows()
+    assert [row["name"] for row in rows] == available_networks()
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["agunet"]["parameters"] == 2.38 and by_name["daunet"]["parameters"] == 5.13
+    assert all(row["about"].endswith(".") and ": " in row["about"] for row in rows)
+    assert [row["name"] for row in network_rows("?aunet")] == ["daunet"]
+    console = Console(width=80, file=io.StringIO())
+    console.print(network_table(rows))
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    for row in rows:
+        assert [row["name"], f"{row['parameters']:.2f}"] in [line[:2] for line in lines]
+    assert "| `agunet` | 2.38 | AGUNet: a U-Net" in networks_to_markdown(rows)
+
+
+def test_main_shows_networks(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert text.index("vg_vig_tiny") < text.index("daunet")
+    for form in ("table", "markdown", "csv"):
+        assert main(["agu*", f"format={form}"]) == 0
+        text = capsys.readouterr().out
+        assert "agunet" in text and "2.38" in text and "vig" not in text
+    assert main(["vg_vig_t*"]) == 0
+    assert "unet" not in capsys.readouterr().out
+
+
 def test_main(capsys):
     assert main(["vg_vig_t*", "format=csv"]) == 0
     assert capsys.readouterr().out.splitlines()[1].startswith("vg_vig_tiny,vig,5.83,")
@@ -115,4 +152,5 @@ def test_mistakes(argv, message):
 
 def test_readme_shows_this_table():
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    assert to_markdown(model_rows()).strip() in readme, "paste the output of: python tools/models.py format=markdown"
+    for table in (to_markdown(model_rows()), networks_to_markdown(network_rows())):
+        assert table.strip() in readme, "paste the output of: python tools/models.py format=markdown"

@@ -1,14 +1,17 @@
 """Training losses: Dice with cross-entropy for segmentation, cross-entropy on hard or mixed labels for classification.
 
-Both compute in float32 whatever the dtype of the logits, return a scalar, and are deterministic on CPU and GPU (no
+All compute in float32 whatever the dtype of the logits, return a scalar, and are deterministic on CPU and GPU (no
 scatter-add and no ``nll_loss2d`` in the backward pass), which exact resume needs.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ClassificationLoss", "SegmentationLoss"]
+__all__ = ["ClassificationLoss", "DeepSupervisionLoss", "SegmentationLoss"]
 
 
 def _weight_tensor(class_weights: Tensor | None, num_classes: int | None) -> Tensor | None:
@@ -114,6 +117,42 @@ class SegmentationLoss(nn.Module):
             dice_C = (2.0 * overlap_C + self.smooth) / (size_C + self.smooth)
             loss = loss + self.dice_weight * (1.0 - dice_C.mean())
         return loss
+
+
+class DeepSupervisionLoss(nn.Module):
+    """Weighted mean of one loss over the outputs of a network that gives several logits in training, finest first.
+
+    Args:
+        loss: (logits, target) to a scalar.
+        weights: One number an output, of which only the ratios count; None: 1, 1/2, 1/4, ... as in nnU-Net
+            (arXiv 1904.08128).
+
+    Raises:
+        ValueError: Weights that are not finite numbers >= 0, or all zero.
+    """
+
+    def __init__(self, loss: nn.Module, *, weights: Sequence[float] | None = None) -> None:
+        super().__init__()
+        if weights is not None and (not all(0 <= w < math.inf for w in weights) or not any(weights)):
+            raise ValueError(f"weights: finite numbers >= 0, not all zero, are needed; got {list(weights)}")
+        self.loss = loss
+        self.weights = None if weights is None else tuple(weights)
+
+    def forward(self, logits: Tensor | Sequence[Tensor], target: Tensor) -> Tensor:
+        """Loss of a batch: of a tensor that of ``loss``, as in evaluation; of a sequence of tensors the weighted mean.
+
+        Raises:
+            ValueError: An empty sequence, or another number of outputs than of weights.
+        """
+        if isinstance(logits, Tensor):
+            return self.loss(logits, target)
+        weights = self.weights or tuple(0.5**level for level in range(len(logits)))
+        if not logits or len(weights) != len(logits):
+            raise ValueError(
+                f"{len(logits)} outputs for {len(weights)} weights of deep supervision; one each is needed"
+            )
+        terms = [w * self.loss(output, target) for w, output in zip(weights, logits, strict=True)]
+        return torch.stack(terms).sum() / sum(weights)
 
 
 class ClassificationLoss(nn.Module):

@@ -1,7 +1,7 @@
-"""Table of the models in timm's registry: size, features, source, paper result, and whether weights exist.
+"""Tables of the models in timm's registry (size, features, source, paper result, weights) and of the whole networks.
 
-``vision-gates models`` shows it, the README holds its Markdown. Nothing is downloaded and no weight is allocated: the
-networks are built on the meta device.
+``vision-gates models`` shows them, the README holds their Markdown. Nothing is downloaded and no weight is allocated:
+they are built on the meta device.
 """
 
 import csv
@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
 import timm
@@ -18,11 +19,21 @@ from timm.models import get_pretrained_cfg
 
 import vision_gates  # noqa: F401  (registers the vg_* models)
 from vision_gates.errors import UserError
+from vision_gates.networks import available_networks, create_network, describe_network
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["main", "model_rows", "model_table", "to_csv", "to_markdown"]
+__all__ = [
+    "main",
+    "model_rows",
+    "model_table",
+    "network_rows",
+    "network_table",
+    "networks_to_markdown",
+    "to_csv",
+    "to_markdown",
+]
 
 FORMATS = ("table", "markdown", "csv")
 
@@ -47,6 +58,22 @@ def model_rows(pattern: str = "vg_*") -> list[dict[str, Any]]:
         near = get_close_matches(pattern.replace("*", ""), timm.list_models(), n=1, cutoff=0.0)[0]
         raise UserError(f"no model matches {pattern!r}; nearest name: {near}")
     return [_row(name) for name in names]
+
+
+def network_rows(pattern: str = "*") -> list[dict[str, Any]]:
+    """One dict a whole segmentation network: ``name``, ``parameters`` (in millions, with defaults) and ``about``.
+
+    Args:
+        pattern: Names, with ``*`` and ``?``.
+    """
+    rows = []
+    for name in available_networks():
+        if fnmatchcase(name, pattern):
+            with torch.device("meta"):
+                network = create_network(name, in_channels=1, num_classes=2)
+            count = sum(p.numel() for p in network.parameters())
+            rows.append({"name": name, "parameters": round(count / 1e6, 2), "about": describe_network(name)})
+    return rows
 
 
 def _row(name: str) -> dict[str, Any]:
@@ -143,6 +170,30 @@ def model_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
     return table
 
 
+_NETWORKS_CAPTION = "Whole segmentation networks. params: millions, for 1 channel and 2 classes in 2-D."
+
+
+def network_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
+    """Table for a terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(caption=_NETWORKS_CAPTION, caption_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1))
+    table.add_column("name", no_wrap=True)
+    table.add_column("params", justify="right", no_wrap=True)
+    table.add_column("what it is", overflow="fold")
+    for row in rows:
+        table.add_row(row["name"], f"{row['parameters']:.2f}", row["about"])
+    return table
+
+
+def networks_to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown table for a README."""
+    lines = ["| network | params (M) | what it is |", "| --- | ---: | --- |"]
+    lines += [f"| `{row['name']}` | {row['parameters']:.2f} | {row['about']} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
 def _square(size: str) -> str:
     height, _, width = size.partition(" x ")
     return height if height == width else size
@@ -181,7 +232,7 @@ def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Show the table: ``[PATTERN] [format=table|markdown|csv]``.
+    """Show the tables: ``[PATTERN] [format=table|markdown|csv]``; CSV has the networks only where no model matches.
 
     Raises:
         UserError: More than one pattern, another key or format, or no such model.
@@ -194,12 +245,18 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"{wrong[0]}={wrong[1]}: the only setting is format={'|'.join(FORMATS)}")
     if len(patterns) > 1 or any(text.startswith("-") for text in patterns):
         raise UserError(f"{' '.join(patterns)}: one pattern of names is needed, quoted, such as 'vg_vig_*'")
-    rows = model_rows(*patterns)
+    networks = network_rows(*patterns)
+    models = [] if patterns and networks and not timm.list_models(patterns[0]) else model_rows(*patterns)
     if form == "table":
         from rich.console import Console
 
         # A pipe has no width of its own; rich would assume 80 columns and fold what need not be.
-        Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(model_table(rows))
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        tables = [make(rows) for make, rows in ((model_table, models), (network_table, networks)) if rows]
+        console.print(*tables, sep="\n\n")
+    elif form == "markdown":
+        texts = [make(rows) for make, rows in ((to_markdown, models), (networks_to_markdown, networks)) if rows]
+        sys.stdout.write("\n".join(texts))
     else:
-        sys.stdout.write(to_markdown(rows) if form == "markdown" else to_csv(rows))
+        sys.stdout.write(to_csv(models or networks))
     return 0

@@ -44,7 +44,7 @@ def test_closed_gates_stop_every_skip():
 def test_errors_name_the_remedy():
     with pytest.raises(ValueError, match="at least 2 encoder levels, got 1: .*out_indices"):
         create_segmenter("vg_vig_h_atto", num_classes=2, decoder={"type": "attention_unet"}, out_indices=(3,))
-    with pytest.raises(ValueError, match="style must be 'grid' or 'additive', got 'soft'"):
+    with pytest.raises(ValueError, match="style must be 'grid', 'additive' or 'concat', got 'soft'"):
         gated(style="soft")
     with pytest.raises(ValueError, match="at least 4, got 2, 256 and 16"):
         gated(channels=2)

@@ -8,7 +8,7 @@ from torch import nn
 from vision_gates.gates import AttentionGate
 from vision_gates.gates.attention_gate import norm_layer
 
-STYLES = ("grid", "additive")
+STYLES = ("grid", "additive", "concat")
 CONV = {2: F.conv2d, 3: F.conv3d}
 MODE = {2: "bilinear", 3: "trilinear"}
 SIZES = {2: ((9, 13), (4, 3)), 3: ((5, 8, 7), (2, 4, 3))}
@@ -56,8 +56,9 @@ def test_grid_equation(spatial_dims, norm):
 
 @pytest.mark.parametrize("norm", ["batch", "instance", "group"])
 @pytest.mark.parametrize("spatial_dims", [2, 3])
-def test_additive_equation(spatial_dims, norm):
-    gate = make("additive", spatial_dims, norm, inter_channels=5).double().eval()
+@pytest.mark.parametrize("style", ["additive", "concat"])
+def test_additive_and_concatenating_equation(style, spatial_dims, norm):
+    gate = make(style, spatial_dims, norm, inter_channels=5).double().eval()
     x, gating = inputs(spatial_dims, torch.float64)
     state, conv = gate.state_dict(), CONV[spatial_dims]
 
@@ -66,7 +67,9 @@ def test_additive_equation(spatial_dims, norm):
         return normalised(norm, value, state, f"{name}.1")
 
     up = F.interpolate(gating, size=x.shape[2:], mode=MODE[spatial_dims], align_corners=False)
-    a = 1 / (1 + (-branch("psi", (branch("theta", x) + branch("phi", up)).clamp(min=0))).exp())
+    theta, phi = branch("theta", x), branch("phi", up)
+    joint = theta + phi if style == "additive" else torch.cat([phi, theta], dim=1)
+    a = 1 / (1 + (-branch("psi", joint.clamp(min=0))).exp())
     torch.testing.assert_close(gate(x, gating), a * x)
     torch.testing.assert_close(gate.attention_map(x, gating), a)
 
@@ -83,7 +86,7 @@ def test_a_hook_sees_the_map(style, spatial_dims):
     assert y.shape == x.shape
     assert a.shape == (2, 1, *x.shape[2:])
     assert a.min() >= 0 and a.max() <= 1 and a.std() > 0.01
-    if style == "additive":
+    if style != "grid":
         torch.testing.assert_close(y, a * x)
 
 
@@ -117,7 +120,7 @@ def test_gradients(style, spatial_dims):
     assert torch.autograd.gradcheck(gate, (x[:1, :, :3, :3].detach().requires_grad_(), gating[:1].detach()))
 
 
-@pytest.mark.parametrize("style, inter_channels", [("grid", None), ("additive", None), ("grid", 7)])
+@pytest.mark.parametrize("style, inter_channels", [("grid", None), ("additive", None), ("concat", None), ("grid", 7)])
 def test_inner_channels(style, inter_channels):
     gate = make(style, inter_channels=inter_channels)
     weight = gate.state_dict()["phi.weight" if style == "grid" else "phi.0.weight"]
@@ -134,7 +137,7 @@ def test_groups_hold_four_channels_or_more(channels, groups):
     "arguments, message",
     [
         (dict(spatial_dims=1), "spatial_dims must be 2 or 3, got 1"),
-        (dict(style="soft"), "style must be 'grid' or 'additive', got 'soft'"),
+        (dict(style="soft"), "style must be 'grid', 'additive' or 'concat', got 'soft'"),
         (dict(norm="layer"), "norm must be 'batch', 'instance' or 'group', got 'layer'"),
         (dict(in_channels=0), "in_channels must be at least 1, got 0"),
         (dict(gating_channels=-1), "gating_channels must be at least 1, got -1"),

@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -323,3 +324,36 @@ def test_a_centre_of_one_position_is_refused_where_it_cannot_be_normalised(norm,
 def test_a_centre_of_one_position_works_elsewhere(norm, training, batch):
     model = make(norm=norm, spatial_dims=2).train(training)
     assert model(torch.zeros(batch, 1, 1, 2)).shape == (batch, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------ encoders registered in timm
+
+
+def test_encoder_levels_are_the_unets_and_the_last_joins_all():
+    model = timm.create_model("vg_attention_unet_atto", in_chans=2, num_classes=3).eval()
+    x = torch.randn(1, 2, 40, 50)
+    with torch.no_grad():
+        _, levels = model.forward_intermediates(x)
+        *decoded, centre = model.unet.forward_levels(x)
+        assert [tuple(level.shape[1:]) for level in levels[:-1]] == [
+            (8, 40, 50),
+            (16, 20, 25),
+            (32, 10, 13),
+            (64, 5, 7),
+        ]
+        for level, whole in zip(levels[:-1], decoded, strict=True):
+            assert torch.equal(level, whole[..., : level.shape[2], : level.shape[3]])
+        assert torch.equal(levels[-1][:, :128], centre)
+        torch.testing.assert_close(levels[-1][:, 128:136, 1, 2], decoded[0][:, :, 16:32, 32:48].mean((2, 3)))
+        assert levels[-1].shape == (1, 128 + 64 + 32 + 16 + 8, 3, 4)
+
+
+def test_encoder_hears_every_gate():
+    model = timm.create_model("vg_attention_unet_atto", num_classes=3).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        before = model(x)
+        for level in ("2", "3", "4"):
+            changed = copy.deepcopy(model)
+            changed.unet.gates[level].gates[0].psi.bias.add_(3.0)
+            assert (changed(x) - before).abs().max() > 1e-4

@@ -16,6 +16,7 @@ from vision_gates.config.schema import MONITORS, TASKS, RunConfig
 from vision_gates.datasets.base import available, data_config_type
 from vision_gates.decoders import available_decoders
 from vision_gates.errors import ConfigError
+from vision_gates.networks import available_networks, network_options
 
 __all__ = ["Source", "cross_checks", "dotted_keys", "explain", "nearest", "section_types"]
 
@@ -119,14 +120,18 @@ def _dotted_location(section: str, raw: Any, fault: Any) -> str:
 def cross_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
     """(dotted key, problem) for what no single key shows."""
     task, model, optim = config.task.type, config.model, config.optim
-    if not re.match(r"(hf-hub|hf_hub|local-dir):", model.name) and not timm.is_model(model.name):
-        yield "model.name", f"no model {model.name!r}; nearest: {nearest(model.name, timm.list_models())}"
-    if task == "classification" and model.decoder is not None:
-        yield "model.decoder", "a decoder belongs to task.type segmentation; remove it"
-    if task == "segmentation":
-        yield from _decoder_problems(model.decoder or {})
-    if {"in_chans", "num_classes", "pretrained", "drop_path_rate"} & set(model.options):
+    if {"in_chans", "in_channels", "num_classes", "pretrained", "drop_path_rate"} & set(model.options):
         yield "model.options", "in_chans and num_classes come from the data, pretrained and drop_path_rate are own keys"
+    if model.name in available_networks():
+        yield from _network_problems(config)
+    else:
+        if not re.match(r"(hf-hub|hf_hub|local-dir):", model.name) and not timm.is_model(model.name):
+            models = timm.list_models() + (available_networks() if task == "segmentation" else [])
+            yield "model.name", f"no model {model.name!r}; nearest: {nearest(model.name, models)}"
+        if task == "classification" and model.decoder is not None:
+            yield "model.decoder", "a decoder belongs to task.type segmentation; remove it"
+        if task == "segmentation":
+            yield from _decoder_problems(model.decoder or {})
     for key in ("mixup", "cutmix"):
         if getattr(config.augment, key) > 0:
             if task == "segmentation":
@@ -151,6 +156,27 @@ def cross_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
         weights = config.task.class_weights
         if any(w < 0 for w in weights) or not any(weights):
             yield "task.class_weights", f"numbers >= 0, not all 0, are needed, found {list(weights)}"
+    if config.task.type == "segmentation" and config.task.deep_supervision_weights is not None:
+        shares = config.task.deep_supervision_weights
+        if any(share < 0 for share in shares) or not any(shares):
+            yield "task.deep_supervision_weights", f"numbers >= 0, not all 0, are needed, found {list(shares)}"
+
+
+def _network_problems(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What does not go with a network that is whole by itself; its options are the arguments of its ``build``."""
+    model = config.model
+    if config.task.type != "segmentation":
+        yield "model.name", f"{model.name} is a network for segmentation, not for task.type {config.task.type}"
+    if model.decoder is not None:
+        yield "model.decoder", f"a decoder belongs to an encoder of timm, {model.name} is a whole network; remove it"
+    valid = network_options(model.name)
+    if model.pretrained and "pretrained" not in valid:
+        yield "model.pretrained", f"{model.name} has no pretrained weights; set it to false"
+    if model.drop_path_rate and "drop_path_rate" not in valid:
+        yield "model.drop_path_rate", f"{model.name} has no stochastic depth; set it to 0"
+    for name in model.options:
+        if name not in valid:
+            yield f"model.options.{name}", f"unknown key; nearest valid key: {nearest(name, valid)}"
 
 
 def _decoder_problems(decoder: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

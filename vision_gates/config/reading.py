@@ -15,6 +15,7 @@ from vision_gates.config.checking import Source, cross_checks, dotted_keys, expl
 from vision_gates.config.schema import RunConfig
 from vision_gates.errors import ConfigError
 from vision_gates.metrics import DEFAULT_MONITOR
+from vision_gates.networks import available_networks
 
 __all__ = ["dump_config", "find_config", "load_config", "parse_config", "save_config"]
 
@@ -168,7 +169,7 @@ def _resolve(config: RunConfig, source: str) -> RunConfig:
         trainer = trainer.model_copy(update={"monitor": DEFAULT_MONITOR[config.task.type]})
     if trainer.run_dir is None:
         trainer = trainer.model_copy(update={"run_dir": (Path("runs") / Path(source).stem).as_posix()})
-    if model.decoder is None and config.task.type == "segmentation":
+    if model.decoder is None and config.task.type == "segmentation" and model.name not in available_networks():
         model = model.model_copy(update={"decoder": {"type": "pyramid", "channels": 64}})
     return config.model_copy(update={"trainer": trainer, "model": model})
 

@@ -46,22 +46,31 @@ class SegmentationTask(Section):
         default=None,
         description="Class weights of the cross-entropy: null, balanced (inverse pixel frequency) or one a class.",
     )
+    deep_supervision_weights: tuple[float, ...] | None = Field(
+        default=None,
+        description="Share of each output in the loss, finest first, for networks that give several in training; "
+        "null: 1, 1/2, 1/4, ...",
+    )
 
 
 class ModelConfig(Section):
-    """The network: a timm model, for segmentation with a decoder on its feature pyramid."""
+    """The network: a timm model, for segmentation with a decoder on its feature pyramid; or a whole network."""
 
     name: str = Field(
-        description="Name in timm's registry, this package's included: python tools/models.py lists them."
+        description="Name in timm's registry, this package's included, or for segmentation a file in networks/: "
+        "python tools/models.py lists them."
     )
     pretrained: bool = Field(default=False, description="Start from the registry's pretrained weights.")
     checkpoint: str | None = Field(default=None, description="Weights file or run directory to start from.")
     drop_path_rate: float = Field(default=0.0, ge=0, lt=1, description="Stochastic depth rate.")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="Further arguments of timm.create_model, such as patch_size or img_size."
+        default_factory=dict,
+        description="Further arguments of timm.create_model, such as patch_size or img_size, or of a whole network.",
     )
     decoder: dict[str, Any] | None = Field(
-        default=None, description="Segmentation decoder: type (a file in decoders/) and its options; null: pyramid."
+        default=None,
+        description="Segmentation decoder: type (a file in decoders/) and its options; null: pyramid, or none where "
+        "name is a whole network.",
     )
 
 

@@ -6,7 +6,9 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["check_levels", "conv_norm_act", "resize"]
+from vision_gates.gates.attention_gate import norm_layer
+
+__all__ = ["check_levels", "conv_norm_act", "norm_act", "resize"]
 
 
 def check_levels(encoder_reductions: Sequence[int], *, fewest: int) -> None:
@@ -21,16 +23,16 @@ def check_levels(encoder_reductions: Sequence[int], *, fewest: int) -> None:
         raise ValueError(f"encoder levels must go from fine to coarse, got reductions {list(encoder_reductions)}")
 
 
+def norm_act(channels: int) -> tuple[nn.Module, nn.Module]:
+    """Group normalisation and GELU."""
+    # Group normalisation: batches of a few large images are the rule in segmentation, and train equals eval.
+    return norm_layer("group", channels, spatial_dims=2), nn.GELU()
+
+
 def conv_norm_act(in_chans: int, out_chans: int, *, stride: int = 1) -> nn.Sequential:
     """Convolution 3x3, group normalisation, GELU."""
-    # Group normalisation: batches of a few large images are the rule in segmentation, and train equals eval.
-    # Four channels a group at least: one value alone cannot be normalised, and the coarsest map may be 1x1.
-    groups = next((groups for groups in (8, 4, 2) if out_chans % groups == 0 and out_chans // groups >= 4), 1)
-    return nn.Sequential(
-        nn.Conv2d(in_chans, out_chans, kernel_size=3, stride=stride, padding=1, bias=False),
-        nn.GroupNorm(groups, out_chans),
-        nn.GELU(),
-    )
+    conv = nn.Conv2d(in_chans, out_chans, kernel_size=3, stride=stride, padding=1, bias=False)
+    return nn.Sequential(conv, *norm_act(out_chans))
 
 
 def resize(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class AttentionUNetDecoder(nn.Module):
         encoder_reductions: stride of each level; levels may repeat a stride (plain ViG).
         in_chans: channels of the image.
         num_classes: channels of the logits.
-        style: of the gates, "grid" (the paper's) or "additive"; see :class:`AttentionGate`.
+        style: of the gates, "grid" (the paper's), "additive" or "concat"; see :class:`AttentionGate`.
         channels: width at the finest encoder level; it doubles from level to level, up to ``max_channels``.
         max_channels: the largest width.
         detail_channels: width at full resolution, half that of the level at 1/2; 0 leaves both out and upsamples the

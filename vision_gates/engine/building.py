@@ -25,8 +25,9 @@ from vision_gates.engine.checkpoint import find_weights
 from vision_gates.engine.data import EvalBatches, ImageDataset, Loader, TrainBatches
 from vision_gates.engine.run_directory import RunDirectory
 from vision_gates.errors import ConfigError, UserError
-from vision_gates.losses import ClassificationLoss, SegmentationLoss
+from vision_gates.losses import ClassificationLoss, DeepSupervisionLoss, SegmentationLoss
 from vision_gates.metrics import Metrics, create_metrics
+from vision_gates.networks import available_networks, create_network, network_options
 from vision_gates.segmenter import create_segmenter
 
 __all__ = ["RunInfo", "build_info", "build_loader", "build_loss", "build_metrics", "build_model", "load_run"]
@@ -106,7 +107,8 @@ def build_model(config: RunConfig, info: RunInfo | DataSplits) -> nn.Module:
     """The network of a run, on the CPU; random where no weights are asked for, so seed torch before.
 
     Returns:
-        (B, in_chans, H, W) -> (B, classes) logits for classification, (B, classes, H, W) for segmentation.
+        (B, in_chans, H, W) -> (B, classes) logits for classification, (B, classes, H, W) for segmentation; a network
+        with deep supervision gives a list of such in training mode, finest level first.
 
     Raises:
         ConfigError: The network cannot be built with these options or weights.
@@ -121,6 +123,12 @@ def build_model(config: RunConfig, info: RunInfo | DataSplits) -> nn.Module:
                 num_classes=classes,
                 drop_path_rate=model.drop_path_rate or None,  # None: not passed on; some networks do not take it
                 **model.options,
+            )
+        elif model.name in available_networks():
+            own_keys = {"pretrained": model.pretrained, "drop_path_rate": model.drop_path_rate}
+            taken = {key: own_keys[key] for key in network_options(model.name) if key in own_keys}
+            network = create_network(
+                model.name, in_channels=info.in_chans, num_classes=classes, **taken, **model.options
             )
         else:
             assert model.decoder is not None, "load_config fills it in"
@@ -159,7 +167,10 @@ def _load_weights(network: nn.Module, source: str) -> None:
         raise ConfigError(f"model.checkpoint: {path}: cannot be read: {' '.join(str(error).split())}") from error
     parts = [part for part in (network, getattr(network, "encoder", None)) if isinstance(part, nn.Module)]
     part = max(parts, key=lambda p: len(p.state_dict().keys() & weights.keys()))
-    weights = _in_present_layout(part, weights)
+    try:
+        weights = _in_present_layout(part, weights)
+    except ValueError as error:  # of a hook that knows why they do not fit
+        raise ConfigError(f"model.checkpoint: {path}: {error}") from error
     own = part.state_dict()
     fits = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
     # The names of classifier and segmentation head differ between networks; by convention they contain these words.
@@ -186,12 +197,13 @@ def build_loss(config: RunConfig, info: RunInfo) -> nn.Module:
     weights = None if info.class_weights is None else torch.tensor(info.class_weights)
     if config.task.type == "classification":
         return ClassificationLoss(label_smoothing=config.task.label_smoothing, class_weights=weights)
-    return SegmentationLoss(
+    loss = SegmentationLoss(
         num_classes=len(info.class_names),
         dice_weight=config.task.dice_weight,
         class_weights=weights,
         ignore_index=config.data.ignore_index,
     )
+    return DeepSupervisionLoss(loss, weights=config.task.deep_supervision_weights)
 
 
 def build_metrics(config: RunConfig, info: RunInfo) -> Metrics:

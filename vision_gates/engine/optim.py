@@ -24,6 +24,8 @@ def build_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimize
         ConfigError: The optimiser cannot be built, for instance because a package it needs is missing.
     """
     optim = config.optim
+    if optim.layer_decay is not None and not hasattr(model, "group_matcher"):
+        raise ConfigError(f"optim.layer_decay: {config.model.name} does not say how its layers follow; set it to null")
     extra: dict[str, Any] = {} if optim.betas is None else {"betas": optim.betas}
     try:
         return timm.optim.create_optimizer_v2(

@@ -1,5 +1,6 @@
 """Everything that can go wrong because of a configuration or its data, tried before anything is written."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -145,9 +146,14 @@ def _try_model(config: RunConfig, info: RunInfo, model: nn.Module, train: Loader
     target = torch.stack([sample["target"] for sample in samples]).to(accelerator.device)
     model.to(accelerator.device).eval()  # eval: batch statistics stay as they are
     expected = (len(image), len(info.class_names), *target.shape[1:])
+    shares = config.task.deep_supervision_weights if config.task.type == "segmentation" else None
+    count = 1
     try:
         with torch.no_grad(), accelerator.autocast():
             logits = model(image)
+            if shares is not None:
+                outputs = copy.deepcopy(model).train()(image)  # a copy: batch statistics stay as they are
+                count = 1 if isinstance(outputs, torch.Tensor) else len(outputs)
         if tuple(logits.shape) == expected:
             build_loss(config, info).to(accelerator.device)(logits.float(), target)
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
@@ -159,6 +165,11 @@ def _try_model(config: RunConfig, info: RunInfo, model: nn.Module, train: Loader
         raise ConfigError(
             f"model.name={config.model.name}: gives {tuple(logits.shape)} where {expected} is needed for task.type="
             f"{config.task.type}"
+        )
+    if shares is not None and count != len(shares):
+        raise ConfigError(
+            f"task.deep_supervision_weights: {len(shares)} numbers for a network with {count} "
+            f"output{'s' if count > 1 else ''} in training; give one each, or null"
         )
     model.train()
 

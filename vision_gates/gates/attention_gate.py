@@ -2,17 +2,19 @@
 
 Paper: Attention U-Net: Learning Where to Look for the Pancreas, arXiv 1804.03999. Official code:
 https://github.com/ozan-oktay/Attention-Gated-Networks (MIT); written from the paper and from its facts, nothing copied.
+The style "concat" is that of AGUNet, arXiv 2101.07715.
 Suffixes: B batch, C channels, S the two or three spatial axes.
 """
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["AttentionGate", "conv_layer", "init_conv_and_norm", "norm_layer", "resize"]
+__all__ = ["AttentionGate", "conv_layer", "dropout_layer", "init_conv_and_norm", "norm_layer", "resize"]
 
-GateStyle = Literal["grid", "additive"]
+GateStyle = Literal["grid", "additive", "concat"]
 Norm = Literal["batch", "instance", "group"]
 
 _CONVS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -21,6 +23,7 @@ _INSTANCE_NORMS: dict[int, type[nn.InstanceNorm2d] | type[nn.InstanceNorm3d]] = 
     2: nn.InstanceNorm2d,
     3: nn.InstanceNorm3d,
 }
+_DROPOUTS: dict[int, type[nn.Dropout2d] | type[nn.Dropout3d]] = {2: nn.Dropout2d, 3: nn.Dropout3d}
 _NORMS = (nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.GroupNorm)
 _LINEAR_MODES = {4: "bilinear", 5: "trilinear"}  # by the rank of the tensor
 
@@ -62,6 +65,19 @@ def norm_layer(norm: Norm, channels: int, *, spatial_dims: int) -> nn.Module:
     raise ValueError(f"norm must be 'batch', 'instance' or 'group', got {norm!r}")
 
 
+def dropout_layer(rate: float, *, spatial_dims: int) -> nn.Module:
+    """Return a dropout of whole channels.
+
+    Raises:
+        ValueError: ``rate`` is not in [0, 1), or ``spatial_dims`` is neither 2 nor 3.
+    """
+    if spatial_dims not in _DROPOUTS:
+        raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}")
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout must be from 0 up to, not including, 1, got {rate}")
+    return _DROPOUTS[spatial_dims](rate)
+
+
 def resize(x_BCS: Tensor, size: tuple[int, ...]) -> Tensor:
     """Interpolate linearly over all spatial axes to ``size`` (pixel centres, not corners, are aligned)."""
     if tuple(x_BCS.shape[2:]) == tuple(size):
@@ -74,6 +90,8 @@ def init_conv_and_norm(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
             nn.init.kaiming_normal_(layer.weight)
+        elif isinstance(layer, (nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out")  # its weight has the input channels first
         elif isinstance(layer, _NORMS):
             nn.init.normal_(layer.weight, mean=1.0, std=0.02)
         else:
@@ -90,6 +108,7 @@ class AttentionGate(nn.Module):
       coarse grid and ``up`` interpolates the map linearly to x's size. proj is a 1x1 convolution and a normalisation.
     - ``style="additive"``: a = sigmoid(psi(relu(theta(x) + phi(resize(gating))))), all at x's size. theta, phi and psi
       are 1x1 convolutions, each with a normalisation; there is no proj.
+    - ``style="concat"``: the same with [phi(resize(gating)), theta(x)] concatenated instead of added.
 
     The map is the output of the submodule ``map``, so that a forward hook on it collects what the gate did.
 
@@ -98,14 +117,17 @@ class AttentionGate(nn.Module):
         gating_channels: channels of the gating signal.
         spatial_dims: 2 or 3.
         inter_channels: channels of theta and phi; None takes half of ``in_channels``.
-        style: "grid" or "additive".
+        style: "grid", "additive" or "concat".
         norm: "batch", "instance" or "group".
-        sub_sample: stride of theta in the grid style; the additive style has none.
+        sub_sample: stride of theta in the grid style; the others have none.
 
     Raises:
         ValueError: an argument outside these; at run time inputs of another rank or other channels, or of batch sizes
             that differ.
     """
+
+    gate_kind = "attention gate"
+    gate_meaning = "1 lets the skip connection's fine detail pass there, 0 blocks it"
 
     def __init__(
         self,
@@ -119,8 +141,8 @@ class AttentionGate(nn.Module):
         sub_sample: int = 2,
     ) -> None:
         super().__init__()
-        if style not in ("grid", "additive"):
-            raise ValueError(f"style must be 'grid' or 'additive', got {style!r}")
+        if style not in ("grid", "additive", "concat"):
+            raise ValueError(f"style must be 'grid', 'additive' or 'concat', got {style!r}")
         if inter_channels is None:
             inter_channels = max(in_channels // 2, 1)
         for name, value in (
@@ -142,10 +164,10 @@ class AttentionGate(nn.Module):
             spatial_dims=spatial_dims,
             kernel_size=sub_sample if style == "grid" else 1,
             stride=sub_sample if style == "grid" else 1,
-            bias=style == "additive",
+            bias=style != "grid",
         )
         phi = conv_layer(gating_channels, inter_channels, spatial_dims=spatial_dims)
-        psi = conv_layer(inter_channels, 1, spatial_dims=spatial_dims)
+        psi = conv_layer(inter_channels * (2 if style == "concat" else 1), 1, spatial_dims=spatial_dims)
         if style == "grid":
             self.theta, self.phi, self.psi = theta, phi, psi
             self.proj: nn.Module = nn.Sequential(
@@ -169,16 +191,22 @@ class AttentionGate(nn.Module):
         self._check(x_BCS, gating_BCS)
         size = x_BCS.shape[2:]
         if self.style == "additive":
-            sum_BCS = self.theta(x_BCS) + self.phi(resize(gating_BCS, size))
+            joint_BCS = self.theta(x_BCS) + self.phi(resize(gating_BCS, size))
+        elif self.style == "concat":
+            joint_BCS = torch.cat([self.phi(resize(gating_BCS, size)), self.theta(x_BCS)], dim=1)
         else:
             # theta needs one whole window: axes that are shorter than it repeat their last position.
             missing = [max(self.sub_sample - n, 0) for n in size]
             short = any(missing)
             far_ends = [pad for m in reversed(missing) for pad in (0, m)]
             theta_BCS = self.theta(F.pad(x_BCS, far_ends, mode="replicate") if short else x_BCS)
-            sum_BCS = theta_BCS + resize(self.phi(gating_BCS), theta_BCS.shape[2:])
-        gate_B1S = self.psi(F.relu(sum_BCS, inplace=True)).sigmoid()
+            joint_BCS = theta_BCS + resize(self.phi(gating_BCS), theta_BCS.shape[2:])
+        gate_B1S = self.psi(F.relu(joint_BCS, inplace=True)).sigmoid()
         return self.map(resize(gate_B1S, size))
+
+    def gate_map(self, x_BCS: Tensor, gating_BCS: Tensor) -> Tensor:
+        """:meth:`attention_map`, under the name that :mod:`vision_gates.gate_maps` looks for."""
+        return self.attention_map(x_BCS, gating_BCS)
 
     def _check(self, x_BCS: Tensor, gating_BCS: Tensor) -> None:
         for name, tensor, channels in (

@@ -39,6 +39,10 @@ class BidirectionalGatedLinearAttention(nn.Module):
         ValueError: ``num_heads`` does not divide ``dim / 2``.
     """
 
+    gate_kind = "locality gate"
+    gate_unit = "head"
+    gate_meaning = "1 takes the view of the whole image, 0 that of the 3x3 neighbourhood"
+
     def __init__(self, dim: int, *, num_heads: int, activation: bool, decay_rank: int = 16, eps: float = 1e-6) -> None:
         super().__init__()
         if dim % (2 * num_heads):
@@ -91,6 +95,14 @@ class BidirectionalGatedLinearAttention(nn.Module):
             self.gate_bias.unflatten(0, heads),
         )
         return self.proj(mixed_BNHD.flatten(2)).view(B, H, W, C)
+
+    def gate_map(self, x_BHWC: Tensor) -> Tensor:
+        """Return how open the locality gate is, its mean over a head's channels: (B, num_heads, H, W) in [0, 1]."""
+        local_BHWC = depthwise_conv3x3(x_BHWC, self.local_conv.weight, activation=self.activation)
+        logits_BNC = self._project(local_BHWC.flatten(1, 2)).split(self.sizes, dim=-1)[3] + self.gate_bias
+        logits_BNC = logits_BNC.to(torch.promote_types(logits_BNC.dtype, torch.float32))
+        gate_BNh = logits_BNC.sigmoid().unflatten(-1, (self.num_heads, -1)).mean(dim=-1)
+        return gate_BNh.transpose(1, 2).unflatten(2, x_BHWC.shape[1:3])
 
     def _project(self, local_BNC: Tensor) -> Tensor:
         width = sum(self.sizes)

@@ -7,37 +7,27 @@ Suffixes: B batch, C channels, S the two or three spatial axes.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
+from timm.models import generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from vision_gates.gates import AttentionGate
-from vision_gates.gates.attention_gate import GateStyle, Norm, conv_layer, init_conv_and_norm, norm_layer, resize
+from vision_gates.gates.attention_gate import GateStyle, Norm, init_conv_and_norm
+from vision_gates.kernels.upsample_concat import upsample_concat
+from vision_gates.models._build import build_model
 from vision_gates.models._checkpoint import unwrap
+from vision_gates.models._layered import LayeredModel
+from vision_gates.models._unet import DeepSupervision, UNet, conv_norm_act, double_conv, one_of
 
-__all__ = ["AttentionUNet", "checkpoint_filter_fn"]
+__all__ = ["AttentionUNet", "AttentionUNetEncoder", "checkpoint_filter_fn"]
 
-DeepSupervision = Literal["none", "fused", "separate"]
-
-
-def _conv_norm_act(
-    in_channels: int, out_channels: int, *, spatial_dims: int, norm: Norm, kernel_size: int
-) -> nn.Module:
-    return nn.Sequential(
-        conv_layer(in_channels, out_channels, spatial_dims=spatial_dims, kernel_size=kernel_size),
-        norm_layer(norm, out_channels, spatial_dims=spatial_dims),
-        nn.ReLU(inplace=True),
-    )
-
-
-def _double_conv(in_channels: int, out_channels: int, *, spatial_dims: int, norm: Norm) -> nn.Module:
-    return nn.Sequential(
-        _conv_norm_act(in_channels, out_channels, spatial_dims=spatial_dims, norm=norm, kernel_size=3),
-        _conv_norm_act(out_channels, out_channels, spatial_dims=spatial_dims, norm=norm, kernel_size=3),
-    )
+GATE_STYLES = ("grid", "additive")
 
 
 class GatedSkip(nn.Module):
@@ -71,7 +61,7 @@ class GatedSkip(nn.Module):
         )
         self.combine: nn.Module = nn.Identity()
         if style == "grid" or num_gates > 1:
-            self.combine = _conv_norm_act(
+            self.combine = conv_norm_act(
                 num_gates * channels, channels, spatial_dims=spatial_dims, norm=norm, kernel_size=1
             )
 
@@ -79,7 +69,7 @@ class GatedSkip(nn.Module):
         return self.combine(torch.cat([gate(x_BCS, gating_BCS) for gate in self.gates], dim=1))
 
 
-class AttentionUNet(nn.Module):
+class AttentionUNet(UNet):
     """Logits at input size from a U-Net with attention gates on its skip connections.
 
     Levels count from 1, the finest, to ``len(widths)``, the centre; each halves the size of the one before. A gate is
@@ -108,6 +98,7 @@ class AttentionUNet(nn.Module):
             finest level's tensor alone.
         gate_levels: levels with gates; None means all but the finest, () a plain U-Net.
         gates_per_level: gates that share a level.
+        drop_path_rate: share of the training samples whose skip connection is dropped, for each level anew.
 
     Raises:
         ValueError: an argument outside these; at run time an input of another rank, of other channels, or whose centre
@@ -126,43 +117,41 @@ class AttentionUNet(nn.Module):
         deep_supervision: DeepSupervision = "fused",
         gate_levels: Sequence[int] | None = None,
         gates_per_level: int = 1,
+        drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
-        widths = tuple(widths)
-        gate_levels = tuple(range(2, len(widths))) if gate_levels is None else tuple(gate_levels)
-        _check_arguments(
+        super().__init__(
             spatial_dims=spatial_dims,
             in_channels=in_channels,
             num_classes=num_classes,
             widths=widths,
+            norm=norm,
             deep_supervision=deep_supervision,
-            gate_levels=gate_levels,
-            gates_per_level=gates_per_level,
-            gate_style=gate_style,
         )
-        self.spatial_dims = spatial_dims
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.widths = widths
-        self.norm = norm
-        self.deep_supervision = deep_supervision
-        self.divisor = 2 ** (len(widths) - 1)
+        gate_levels = tuple(range(2, len(widths))) if gate_levels is None else tuple(gate_levels)
+        if gates_per_level < 1:
+            raise ValueError(f"gates_per_level must be at least 1, got {gates_per_level}")
+        if gate_style not in GATE_STYLES:
+            raise ValueError(f"gate_style must be {one_of(GATE_STYLES)}, got {gate_style!r}")
+        if len(set(gate_levels)) < len(gate_levels) or not set(gate_levels) <= set(range(1, len(widths))):
+            raise ValueError(
+                f"gate_levels must be different levels from 1 (finest) to {len(widths) - 1}, got {list(gate_levels)}"
+            )
         self.pool = nn.MaxPool2d(2) if spatial_dims == 2 else nn.MaxPool3d(2)
         levels = range(1, len(widths))  # those with a skip connection; dictionaries below are keyed by them
         width = dict(enumerate(widths, start=1))
 
         self.encoder = nn.ModuleDict(
             {
-                str(level): _double_conv(
+                str(level): double_conv(
                     width.get(level - 1, in_channels), width[level], spatial_dims=spatial_dims, norm=norm
                 )
                 for level in levels
             }
         )
-        self.center = _double_conv(widths[-2], widths[-1], spatial_dims=spatial_dims, norm=norm)
+        self.center = double_conv(widths[-2], widths[-1], spatial_dims=spatial_dims, norm=norm)
         self.gating: nn.Module | None = None
         if levels[-1] in gate_levels:
-            self.gating = _conv_norm_act(widths[-1], widths[-1], spatial_dims=spatial_dims, norm=norm, kernel_size=1)
+            self.gating = conv_norm_act(widths[-1], widths[-1], spatial_dims=spatial_dims, norm=norm, kernel_size=1)
         self.gates = nn.ModuleDict(
             {
                 str(level): GatedSkip(
@@ -178,113 +167,136 @@ class AttentionUNet(nn.Module):
         )
         self.decoder = nn.ModuleDict(
             {
-                str(level): _double_conv(
+                str(level): double_conv(
                     width[level] + width[level + 1], width[level], spatial_dims=spatial_dims, norm=norm
                 )
                 for level in levels
             }
         )
-        self.heads = nn.ModuleDict(
-            {
-                str(level): conv_layer(width[level], num_classes, spatial_dims=spatial_dims)
-                for level in (levels if deep_supervision != "none" else levels[:1])
-            }
-        )
-        self.fuse: nn.Module | None = None
-        if deep_supervision == "fused":
-            self.fuse = conv_layer(len(levels) * num_classes, num_classes, spatial_dims=spatial_dims)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
+        self.make_heads()
         init_conv_and_norm(self)
-
-    def forward(self, x_BCS: Tensor) -> Tensor | list[Tensor]:
-        """Map images (B, in_channels, *size) to logits (B, num_classes, *size).
-
-        With ``deep_supervision="separate"`` in training mode: a list of such logits, one a level, finest first.
-        """
-        size = x_BCS.shape[2:]
-        decoded = self.forward_features(x_BCS)
-        heads = list(self.heads.values())
-        if self.deep_supervision == "separate" and not self.training:
-            heads = heads[:1]
-        full = decoded[0].shape[2:]
-        logits = [resize(head(level_BCS), full) for head, level_BCS in zip(heads, decoded[: len(heads)], strict=True)]
-        if self.fuse is not None:
-            logits = [self.fuse(torch.cat(logits, dim=1))]
-        window = (slice(None), slice(None), *(slice(n) for n in size))
-        logits = [level_BCS[window] for level_BCS in logits]
-        return logits if self.deep_supervision == "separate" and self.training else logits[0]
 
     def forward_features(self, x_BCS: Tensor) -> list[Tensor]:
         """Map images (B, in_channels, *size) to the decoder's outputs, finest first, at padded size / 1, 2, 4 ..."""
-        x_BCS = self._padded(x_BCS)
+        return self.forward_levels(x_BCS)[:-1]
+
+    def forward_levels(self, x_BCS: Tensor) -> list[Tensor]:
+        """As ``forward_features``, with the centre as the last."""
+        x_BCS = self.padded(x_BCS)
         skips = {}
         for level, block in self.encoder.items():
-            skips[level] = block(x_BCS)
+            skips[level] = self.run(block, x_BCS)
             x_BCS = self.pool(skips[level])
-        coarser_BCS = self.center(x_BCS)
+        coarser_BCS = self.run(self.center, x_BCS)
         gating_BCS = coarser_BCS if self.gating is None else self.gating(coarser_BCS)
-        decoded: list[Tensor] = []
+        levels = [coarser_BCS]
         for level, skip_BCS in reversed(skips.items()):
             if level in self.gates:
-                skip_BCS = self.gates[level](skip_BCS, gating_BCS)
-            up_BCS = resize(coarser_BCS, skip_BCS.shape[2:])
-            coarser_BCS = gating_BCS = self.decoder[level](torch.cat([skip_BCS, up_BCS], dim=1))
-            decoded.insert(0, coarser_BCS)
-        return decoded
-
-    def _padded(self, x_BCS: Tensor) -> Tensor:
-        """Check the input and pad it to a multiple of ``divisor``."""
-        if x_BCS.ndim != self.spatial_dims + 2:
-            raise ValueError(
-                f"input must have {self.spatial_dims + 2} axes (batch, channels, {self.spatial_dims} spatial), "
-                f"got shape {tuple(x_BCS.shape)}"
-            )
-        if x_BCS.shape[1] != self.in_channels:
-            raise ValueError(f"input must have {self.in_channels} channels, got {x_BCS.shape[1]}")
-        size = x_BCS.shape[2:]
-        if 0 in size:
-            raise ValueError(f"input must have one position or more along every axis, got size {tuple(size)}")
-        alone = self.norm == "instance" or (self.norm == "batch" and self.training and x_BCS.shape[0] == 1)
-        if alone and max(size) <= self.divisor:
-            raise ValueError(
-                f"norm {self.norm!r} cannot normalise the single position that an input of size {tuple(size)} leaves "
-                f"at the coarsest level: give one axis more than {self.divisor} positions, or use norm 'group'"
-            )
-        missing = [-n % self.divisor for n in size]
-        if any(missing):
-            x_BCS = F.pad(x_BCS, [pad for m in reversed(missing) for pad in (0, m)], mode="replicate")
-        return x_BCS
+                skip_BCS = self.run(self.gates[level], skip_BCS, gating_BCS)
+            joined_BCS = upsample_concat(self.drop_path(skip_BCS), coarser_BCS.to(skip_BCS.dtype))
+            coarser_BCS = gating_BCS = self.run(self.decoder[level], joined_BCS)
+            levels.insert(0, coarser_BCS)
+        return levels
 
 
-def _check_arguments(
-    *,
-    spatial_dims: int,
-    in_channels: int,
-    num_classes: int,
-    widths: tuple[int, ...],
-    deep_supervision: str,
-    gate_levels: tuple[int, ...],
-    gates_per_level: int,
-    gate_style: str,
-) -> None:
-    if spatial_dims not in (2, 3):
-        raise ValueError(f"spatial_dims must be 2 or 3, got {spatial_dims!r}")
-    for name, value in (
-        ("in_channels", in_channels),
-        ("num_classes", num_classes),
-        ("gates_per_level", gates_per_level),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if len(widths) < 2 or min(widths) < 1:
-        raise ValueError(f"widths must be two or more positive channel counts, got {list(widths)}")
-    if gate_style not in ("grid", "additive"):
-        raise ValueError(f"gate_style must be 'grid' or 'additive', got {gate_style!r}")
-    if deep_supervision not in ("none", "fused", "separate"):
-        raise ValueError(f"deep_supervision must be 'none', 'fused' or 'separate', got {deep_supervision!r}")
-    if len(set(gate_levels)) < len(gate_levels) or not set(gate_levels) <= set(range(1, len(widths))):
-        raise ValueError(
-            f"gate_levels must be different levels from 1 (finest) to {len(widths) - 1}, got {list(gate_levels)}"
+class AttentionUNetEncoder(LayeredModel):
+    """The 2-D attention U-Net as a feature extractor and classifier with timm's interface.
+
+    Feature level i, at stride 2 ** (i - 1), is the decoder's output there: fine detail that the gates let through, with
+    the context of all coarser levels. The coarsest level joins the centre and the means of all other levels over its
+    cells, so that the classifier hears every gate, as the paper's classifiers do that pool each gated map.
+
+    Args:
+        in_chans: input channels.
+        num_classes: 0 gives pooled features.
+        global_pool: "avg" or "" (feature maps (B, C, H, W)).
+        widths: channels of each level, finest first; two or more.
+        gate_style: "grid" or "additive", see :class:`AttentionUNet`.
+        norm: "group" by default: train and eval mode agree, and batches may be small.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: share of the training samples whose skip connection is dropped, for each level anew.
+
+    Raises:
+        ValueError: an argument outside these.
+    """
+
+    layers_name = "levels"
+    output_fmts = ("NCHW",)
+
+    def __init__(
+        self,
+        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        widths: Sequence[int] = (16, 32, 64, 128, 256),
+        gate_style: GateStyle = "grid",
+        norm: Norm = "group",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.unet = AttentionUNet(
+            spatial_dims=2,
+            in_channels=in_chans,
+            num_classes=1,
+            widths=widths,
+            gate_style=gate_style,
+            norm=norm,
+            deep_supervision="none",
+            drop_path_rate=drop_path_rate,
         )
+        self.unet.heads = nn.ModuleDict()  # features are wanted, not logits
+        channels = [*widths[:-1], sum(widths)]
+        self.feature_info = [
+            dict(num_chs=width, reduction=2**i, module=f"unet.decoder.{i + 1}") for i, width in enumerate(channels)
+        ]
+        self.feature_info[-1]["module"] = "unet.center"
+        self.norm = nn.Identity()
+        self._init_head(channels[-1], num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each level in the backward pass instead of keeping its activations."""
+        self.unet.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Nothing but the biases and normalisations that optimisers leave out anyway."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for layer-wise learning-rate decay: down to the centre, then up."""
+        depth = len(self.unet.widths)
+        down = [(rf"^unet\.encoder\.{level}\.", (level,)) for level in range(2, depth)]
+        up = [(rf"^unet\.(?:gates|decoder)\.{level}\.", (2 * depth - level,)) for level in range(depth - 1, 0, -1)]
+        return dict(stem=r"^unet\.encoder\.1\.", blocks=[*down, (r"^unet\.(?:center|gating)\.", (depth,)), *up])
+
+    @property
+    def _layers(self) -> Any:
+        return self.feature_info
+
+    def _run_layers(
+        self, x_BCHW: Tensor, count: int | None = None, *, keep: Collection[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """As in LayeredModel, but for the order: every level needs all coarser ones, so all of them run."""
+        *decoded, centre_BCHW = self.unet.forward_levels(x_BCHW)
+        depth = len(decoded)
+        means = (F.avg_pool2d(level, 2 ** (depth - i)) for i, level in enumerate(decoded))
+        joined_BCHW = torch.cat((centre_BCHW, *means), dim=1)
+        height, width = x_BCHW.shape[2:]
+        levels = [
+            level[..., : -(-height // 2**i), : -(-width // 2**i)] for i, level in enumerate((*decoded, joined_BCHW))
+        ]
+        return levels[-1].permute(0, 2, 3, 1), {i: levels[i].permute(0, 2, 3, 1) for i in keep}
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the classifier, whatever the intermediates; all levels are needed for each. Return their indices."""
+        take_indices, _ = feature_take_indices(len(self.feature_info), indices)
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -323,3 +335,66 @@ def _from_official_name(key: str) -> str:
         if found:
             break
     return key.replace(".W.", ".proj.")
+
+
+def _cfg(note: str) -> dict[str, Any]:
+    return dict(
+        url="",
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=None,
+        crop_pct=0.875,
+        interpolation="bicubic",
+        first_conv="unet.encoder.1.0.0",
+        classifier="head",
+        license="apache-2.0",
+        origin_url="https://github.com/ozan-oktay/Attention-Gated-Networks",
+        paper_name="Attention U-Net: Learning Where to Look for the Pancreas",
+        paper_ids="arXiv:1804.03999",
+        notes=(note,),
+    )
+
+
+_NO_TOP1 = "no ImageNet-1k top-1: the paper's networks segment"
+default_cfgs = generate_default_cfgs(
+    {
+        "vg_attention_unet_atto": _cfg("no paper result: a small model for tests, demos and CPUs"),
+        "vg_attention_unet_tiny": _cfg(_NO_TOP1),
+        "vg_attention_unet_small": _cfg(_NO_TOP1),
+        "vg_attention_unet_base": _cfg(_NO_TOP1),
+    }
+)
+
+
+def _attention_unet(variant: str, pretrained: bool, kwargs: dict[str, Any], *, width: int) -> AttentionUNetEncoder:
+    return build_model(
+        AttentionUNetEncoder,
+        variant,
+        pretrained,
+        feature_cfg=dict(out_indices=kwargs.pop("out_indices", (0, 1, 2, 3, 4)), feature_cls="getter"),
+        **(dict(widths=tuple(width * 2**i for i in range(5))) | kwargs),
+    )
+
+
+@register_model
+def vg_attention_unet_atto(pretrained: bool = False, **kwargs: Any) -> AttentionUNetEncoder:
+    """0.80 M parameters; no paper result."""
+    return _attention_unet("vg_attention_unet_atto", pretrained, kwargs, width=8)
+
+
+@register_model
+def vg_attention_unet_tiny(pretrained: bool = False, **kwargs: Any) -> AttentionUNetEncoder:
+    """2.7 M parameters: the widths of the paper's CT network, in 2-D."""
+    return _attention_unet("vg_attention_unet_tiny", pretrained, kwargs, width=16)
+
+
+@register_model
+def vg_attention_unet_small(pretrained: bool = False, **kwargs: Any) -> AttentionUNetEncoder:
+    """9.8 M parameters: twice the widths of the paper's CT network."""
+    return _attention_unet("vg_attention_unet_small", pretrained, kwargs, width=32)
+
+
+@register_model
+def vg_attention_unet_base(pretrained: bool = False, **kwargs: Any) -> AttentionUNetEncoder:
+    """37.2 M parameters: the widths of U-Net, 64 to 1024."""
+    return _attention_unet("vg_attention_unet_base", pretrained, kwargs, width=64)
