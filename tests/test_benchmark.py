@@ -25,6 +25,7 @@ from vision_gates.benchmark import (
     speed_figure,
     write_rows,
 )
+from vision_gates.benchmark.contenders import FAMILIES, check_name, create
 from vision_gates.benchmark.models import ModelSettings
 from vision_gates.errors import ConfigError
 from vision_gates.kernels import bidirectional_gla as gla
@@ -96,7 +97,7 @@ def test_numbers_are_medians_over_interleaved_rounds(clock):
 
 
 def test_training_runs_a_backward_pass_too(clock, monkeypatch):
-    made, create = [], models._create
+    made, create = [], models.create
     counts = dict.fromkeys(("forward", "backward"), 0)
 
     def count(which):
@@ -109,7 +110,7 @@ def test_training_runs_a_backward_pass_too(clock, monkeypatch):
         made.append(model)
         return model
 
-    monkeypatch.setattr(models, "_create", watch)
+    monkeypatch.setattr(models, "create", watch)
     (row,) = bench_models(["vg_vig_atto"], size=32, batch=1, rounds=1, device="cpu", dtype="bfloat16")
     assert row["mode"] == "training" and row["dtype"] == "bfloat16"
     assert counts["forward"] == counts["backward"] == 3
@@ -118,8 +119,8 @@ def test_training_runs_a_backward_pass_too(clock, monkeypatch):
 
 
 def test_inference_has_weights_in_its_dtype(clock, monkeypatch):
-    made, create = [], models._create
-    monkeypatch.setattr(models, "_create", lambda *arguments: made.append(create(*arguments)) or made[-1])
+    made, create = [], models.create
+    monkeypatch.setattr(models, "create", lambda *arguments: made.append(create(*arguments)) or made[-1])
     bench_models(["test_resnet"], size=32, batch=1, mode="inference", rounds=1, device="cpu", dtype="bfloat16")
     assert not made[0].training and next(made[0].parameters()).dtype == torch.bfloat16
 
@@ -132,9 +133,9 @@ def test_runtimes_are_compiled_apart_and_compared_within(clock, monkeypatch):
         return model
 
     monkeypatch.setattr(torch, "compile", compile)
-    runtimes = ("eager", "compiled", "graph")
+    runtimes = ("eager", "compiled", "eager")
     rows = bench_models(NAMES, size=32, batch=2, mode="training", rounds=1, runtime=runtimes, device="cpu")
-    assert [row["runtime"] for row in rows] == ["eager"] * 2 + ["compiled"] * 2, "training has no graph of its own"
+    assert [row["runtime"] for row in rows] == ["eager"] * 2 + ["compiled"] * 2, "each runtime once"
     assert compiled == [{"dynamic": False, "mode": "default"}] * 2
     assert [row["compile_seconds"] for row in rows] == [None, None, 1.0, 1.0]
 
@@ -168,10 +169,10 @@ class Broken(nn.Module):
 @pytest.fixture
 def breaking(monkeypatch, clock):
     """Replace a model by one that fails."""
-    create = models._create
+    create = models.create
 
     def replace(name, error, number=1):
-        monkeypatch.setattr(models, "_create", lambda n, size: Broken(error, number) if n == name else create(n, size))
+        monkeypatch.setattr(models, "create", lambda n, *more: Broken(error, number) if n == name else create(n, *more))
 
     return replace
 
@@ -209,10 +210,12 @@ def test_a_failure_is_named_and_ends_in_exit_code_1(breaking, capfd):
         ({"dtype": "int8"}, "dtype must be"),
         ({"runtime": "fast"}, "runtime must be one of eager, compiled, graph, got 'fast'"),
         ({"runtime": "graph", "mode": "inference", "device": "cpu"}, "needs a GPU"),
+        ({"runtime": "graph", "mode": "training", "device": "cpu"}, "needs a GPU"),
         ({"rounds": 0}, "at least 1, got 0"),
         ({"size": (224, 0)}, "size must be at least 1, got 0"),
         ({"batch": 0}, "batch must be auto or at least 1, got 0"),
         ({"device": "tpu0x"}, "device must be cuda or cpu"),
+        ({"dims": 4}, r"dims must be 2 \(images\) or 3 \(volumes\), got 4"),
     ],
 )
 def test_mistakes(change, message):
@@ -220,9 +223,43 @@ def test_mistakes(change, message):
         bench_models(["vg_vig_atto"], **change)
 
 
-def test_unknown_model():
-    with pytest.raises(ConfigError, match="no model 'vg_vig_attto'; nearest: vg_vig_atto"):
-        bench_models(["vg_vig_attto"])
+@pytest.mark.parametrize(
+    "name, dims, message",
+    [
+        ("vg_vig_attto", 2, "no model 'vg_vig_attto'; nearest: vg_vig_atto"),
+        ("vg_vig_atto", 3, "vg_vig_atto: timm's models take images; dims=3 is for network:NAME"),
+        ("network:attention_net", 2, "no network 'attention_net'; nearest: attention_unet"),
+        ("monai:AttentionUNet", 3, "no network of MONAI 'AttentionUNet'; nearest: AttentionUnet"),
+        ("nowhere.py:net", 2, "there is no file nowhere.py; code in a file is named FILE.py:FUNCTION"),
+    ],
+)
+def test_unknown_model(name, dims, message):
+    with pytest.raises(ConfigError, match=message):
+        bench_models([name], dims=dims)
+
+
+def test_volumes_and_code_in_a_file(tmp_path):
+    code = "from torch import nn\ndef net():\n    return nn.Conv3d(1, 2, 3, padding=1)\n"
+    (tmp_path / "somebodys.py").write_text(code)
+    own, peer = f"{tmp_path}/somebodys.py:net", "network:attention_unet"
+    settings = dict(size=16, batch=1, dims=3, rounds=1, device="cpu", channels_last=True)
+    rows = bench_models([own, peer], mode="inference", **settings)
+    assert [row["model"] for row in rows] == [own, peer] and rows[0]["parameters"] == 27 * 2 + 2
+    assert all(row["images_per_second"] > 0 and row["size"] == 16 for row in rows)
+
+
+def test_contenders_of_equal_widths():
+    pytest.importorskip("monai", reason="the [volumes] extra is not installed")
+    with torch.device("meta"):
+        own, peer = (create(name, 64, 3) for name in FAMILIES["attention_unet"][0])
+    widths = [[m.out_channels for m in net.modules() if isinstance(m, nn.Conv3d)] for net in (own, peer)]
+    assert max(widths[0]) == max(widths[1]) == 512 and {32, 64, 128, 256} <= set(widths[0]) & set(widths[1])
+
+
+def test_families_are_known():
+    for groups in FAMILIES.values():
+        for name in (name for group in groups for name in group):
+            check_name(name, 3 if ":" in name else 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- operators
@@ -419,6 +456,8 @@ def test_command_writes_a_folder(tmp_path, capfd, clock):
         (["models", "profile=yes"], "profile=yes: true or false"),
         (["models", "sizes=3"], "sizes=3: no such setting; nearest: size; known: size, batch"),
         (["models", "mode=test"], "mode must be"),
+        (["models", "family=vit"], "family=vit: one of vig, convit, hornet, attention_unet is needed"),
+        (["models", "vg_vig_atto", "family=vig"], "vg_vig_atto: family= says what is compared; give names or a family"),
         (["models", "out=rows.txt"], "out=rows.txt: the suffix must be .csv or .json, or end it with / for a folder"),
         (["ops", "seconds=0"], "seconds=0: seconds are needed"),
         (["ops", "dtype=int8"], "dtype must be one of"),
@@ -477,7 +516,7 @@ def test_models_on_a_gpu(mode):
         size=(64,), batch=4, mode=mode, dtype="bfloat16", runtime=("eager", "compiled", "graph"), rounds=2, profile=True
     )
     groups = list(models.model_groups(["vg_vig_atto", "test_vit"], settings))
-    assert len(groups) == (3 if mode == "inference" else 2)
+    assert len(groups) == 3
     for group in groups:
         for row in group.rows:
             assert row["problem"] is None and row["images_per_second"] > 0

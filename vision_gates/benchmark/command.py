@@ -5,12 +5,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.measure import Measurement
 
+from vision_gates.benchmark.contenders import FAMILIES
 from vision_gates.benchmark.figures import save_figure, speed_figure
 from vision_gates.benchmark.models import OUT_OF_MEMORY, ModelSettings, model_groups
 from vision_gates.benchmark.ops import operator_rows
@@ -63,6 +65,12 @@ def _switch(text: str) -> bool:
     return text == "true"
 
 
+def _family(text: str) -> tuple[tuple[str, ...], ...]:
+    if text not in FAMILIES:
+        raise ValueError(f"one of {', '.join(FAMILIES)} is needed")
+    return FAMILIES[text]
+
+
 _SETTINGS: dict[str, dict[str, Callable[[str], Any]]] = {
     "models": {
         "size": _wholes,
@@ -72,6 +80,9 @@ _SETTINGS: dict[str, dict[str, Callable[[str], Any]]] = {
         "runtime": _words,
         "rounds": _whole,
         "profile": _switch,
+        "dims": _whole,
+        "channels_last": _switch,
+        "family": _family,
         "device": str,
         "out": str,
     },
@@ -106,7 +117,9 @@ def run(argv: Sequence[str]) -> int:
                 rows += more
                 _write(rows, out, folder)
         else:
-            for group in model_groups(names or DEFAULT_MODELS, ModelSettings(**settings), on_progress=on_progress):
+            groups = settings.pop("family", (tuple(names) or DEFAULT_MODELS,))
+            model_settings = ModelSettings(**settings)
+            for group in chain(*(model_groups(group, model_settings, on_progress=on_progress) for group in groups)):
                 rows += group.rows
                 _write(rows, out, folder)
                 for row in group.rows:
@@ -140,6 +153,8 @@ def _arguments(argv: Sequence[str]) -> tuple[str, list[str], dict[str, Any]]:
             settings[key] = known[key](value)
         except ValueError as error:
             raise ConfigError(f"{key}={value}: {error}") from error
+    if names and "family" in settings:
+        raise ConfigError(f"{names[0]}: family= says what is compared; give names or a family")
     return what, names, settings
 
 

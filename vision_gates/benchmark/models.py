@@ -1,9 +1,8 @@
-"""Images a second and memory of timm models, ours and peers interleaved.
+"""Images a second and memory of models, ours and peers interleaved.
 
 Shared machines drift, so each round times every model once; ratios are medians over rounds, and so are absolute times.
 """
 
-import difflib
 import gc
 import statistics
 import time
@@ -11,12 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from torch.autograd import DeviceType
 
-import vision_gates  # noqa: F401  (registers the vg_* models)
+from vision_gates.benchmark.contenders import IN_CHANS, check_name, create
 from vision_gates.errors import ConfigError
 from vision_gates.kernels.timing import machine_facts
 
@@ -42,9 +40,11 @@ class ModelSettings:
         dtype: "float32", "bfloat16" or "float16".
         device: "cuda" or "cpu"; None takes the GPU if there is one.
         runtime: "eager", "compiled" (torch.compile, mode "default") and "graph" (mode "reduce-overhead": CUDA graphs;
-            inference on a GPU only, "compiled" in training).
+            on a GPU only).
         rounds: timed rounds.
         profile: list the kernels of one pass, too.
+        dims: axes of the input: 2, images of three channels, or 3, volumes of one.
+        channels_last: weights and input in channels-last memory, of all that are compared.
     """
 
     size: Sequence[int] = (224,)
@@ -55,6 +55,8 @@ class ModelSettings:
     runtime: Sequence[str] = ("eager",)
     rounds: int = 10
     profile: bool = False
+    dims: int = 2
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         for key, words, known in (
@@ -66,10 +68,12 @@ class ModelSettings:
                 raise ConfigError(f"{key} must be one of {', '.join(known)}, got {unknown[0]!r}")
         if self.batch != "auto" and not (isinstance(self.batch, int) and self.batch >= 1):
             raise ConfigError(f"batch must be auto or at least 1, got {self.batch!r}")
+        if self.dims not in IN_CHANS:
+            raise ConfigError(f"dims must be 2 (images) or 3 (volumes), got {self.dims!r}")
         for key, numbers in (("size", self.size), ("rounds", (self.rounds,))):
             if min(numbers, default=0) < 1:
                 raise ConfigError(f"{key} must be at least 1, got {min(numbers, default=None)}")
-        if "graph" in self.runtime and self.mode == "inference" and self.target.type != "cuda":
+        if "graph" in self.runtime and self.target.type != "cuda":
             raise ConfigError("runtime=graph replays CUDA graphs and needs a GPU; compiled runs here")
 
     @property
@@ -77,15 +81,16 @@ class ModelSettings:
         """Where the models run."""
         return target_device(self.device)
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of weights and input; preserve_format leaves them as they are made."""
+        if not self.channels_last:
+            return torch.preserve_format
+        return torch.channels_last if self.dims == 2 else torch.channels_last_3d
+
     def batch_at(self, size: int) -> int:
         """Images a pass at a size in pixels."""
         return self.batch if isinstance(self.batch, int) else auto_batch(size)
-
-    @property
-    def runtimes(self) -> list[str]:
-        """The runtimes that differ in this mode."""
-        training = self.mode == "training"
-        return list(dict.fromkeys("compiled" if training and name == "graph" else name for name in self.runtime))
 
 
 @dataclass(frozen=True)
@@ -130,10 +135,10 @@ def bench_models(names: Sequence[str], **settings: Any) -> list[Row]:
 def model_groups(
     names: Sequence[str], settings: ModelSettings, *, on_progress: Callable[[str], None] = lambda text: None
 ) -> Iterator[Group]:
-    """Time timm models on random images, one size and runtime after the other; models are freed in between.
+    """Time models on random images, one size and runtime after the other; models are freed in between.
 
     Args:
-        names: timm model names; the last one is the peer that the others are compared with.
+        names: as ``contenders.create`` takes them; the last is the peer that the others are compared with.
         settings: what to measure.
         on_progress: called with what is being done, a few words.
 
@@ -144,15 +149,13 @@ def model_groups(
         the facts of the machine. A model that fails has the reason under ``problem`` and no numbers.
 
     Raises:
-        ConfigError: a name that timm does not know.
+        ConfigError: a name that is not known.
     """
     for name in names:
-        if ":" not in name and not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)[0]
-            raise ConfigError(f"no model {name!r}; nearest: {near}")
+        check_name(name, settings.dims)
     facts = machine_facts(settings.target)
     for size in settings.size:
-        for runtime in settings.runtimes:
+        for runtime in dict.fromkeys(settings.runtime):
             yield _group(names, settings, size, runtime, facts, on_progress)
 
 
@@ -165,7 +168,8 @@ def _group(
     on_progress: Callable[[str], None],
 ) -> Group:
     about, target, batch = f"{size} px, {runtime}", settings.target, settings.batch_at(size)
-    images = torch.randn(batch, 3, size, size, device=target, generator=torch.Generator(target).manual_seed(0))
+    shape = (batch, IN_CHANS[settings.dims], *(size,) * settings.dims)
+    images = torch.randn(shape, device=target, generator=torch.Generator(target).manual_seed(0))
     candidates = [_Candidate(name, settings, runtime, images) for name in names]
     for candidate in candidates:
         on_progress(f"{about}: warming up {candidate.name}")
@@ -225,9 +229,10 @@ class _Candidate:
     def prepare(self) -> None:
         """Build the model, compile it, measure the memory of a pass, see how many passes make a round."""
         device = self.images.device
-        model = _create(self.name, self.images.shape[-1]).to(device)
+        layout = self.settings.memory_format
+        model = create(self.name, self.images.shape[-1], self.settings.dims).to(device).to(memory_format=layout)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        images = self.images
+        images = self.images.to(memory_format=layout)
         if self.settings.mode == "inference":
             model, images = model.eval().to(DTYPES[self.settings.dtype]), images.to(DTYPES[self.settings.dtype])
             self.run = _inference_pass(_with_runtime(model, self.runtime), images)
@@ -273,7 +278,7 @@ def _row(candidate: _Candidate, peer: _Candidate, settings: ModelSettings, facts
     own, others = (c.seconds if len(c.seconds) == settings.rounds else [] for c in (candidate, peer))
     ratios = [peer_seconds / own_seconds for own_seconds, peer_seconds in zip(own, others, strict=False)]
     median = statistics.median(own) if own else None
-    batch, _, _, size = candidate.images.shape
+    batch, size = candidate.images.shape[0], candidate.images.shape[-1]
     return {
         "model": candidate.name,
         "parameters": candidate.parameters,
@@ -293,13 +298,6 @@ def _row(candidate: _Candidate, peer: _Candidate, settings: ModelSettings, facts
         "problem": candidate.problem,
         **facts,
     }
-
-
-def _create(name: str, size: int) -> nn.Module:
-    try:
-        return timm.create_model(name, img_size=size)
-    except TypeError:  # convolutional and hierarchical models take any size as they are
-        return timm.create_model(name)
 
 
 def _with_runtime(model: nn.Module, runtime: str) -> Callable[[torch.Tensor], torch.Tensor]:
