@@ -1,4 +1,4 @@
-"""The command line: exit codes, one line for a mistake and nothing on disk, and the four commands on real input."""
+"""The command line: exit codes, one line for a mistake and nothing on disk, and the five commands on real input."""
 
 import copy
 import json
@@ -149,6 +149,41 @@ def test_train_and_evaluate(workplace, capfd):
     assert "trainer.resume=true" in capfd.readouterr().err
 
 
+def test_gate_maps(workplace, capfd):
+    decoder = "model.decoder={type: attention_unet, channels: 8, detail_channels: 4}"
+    assert cli.train(["config.yaml", *scans((0, 1)), "model.name=vg_vig_h_atto", decoder]) == 0
+    capfd.readouterr()
+    assert cli.main(["gate-maps", "run", "scans/images/0.png", "test:0", "out=pictures/maps.png"]) == 0
+    assert capfd.readouterr().out == "gate maps: pictures/maps.png\n"
+    picture = cv2.imread("pictures/maps.png")
+    assert cli.gate_maps(["run", "scans/images/0.png", "gates=decoder.*", "out=one.png"]) == 0
+    one = cv2.imread("one.png")
+    assert picture.shape[0] > 2 * one.shape[0] and one.std() > 10, "a row an image and kind of gate"
+    assert not list(Path(".").rglob("*.partial"))
+    for argv, words in (
+        (["run"], "a RUN and an IMAGE are needed"),
+        (["run", "nowhere.png"], "nowhere.png"),
+        (["run", "test:99"], "test:99"),
+        (["run", "test:0", "gates=nothing*"], "decoder.gates.0"),
+        (["run", "test:0", "out=maps.pdf"], "out=maps.pdf"),
+        (["run", "test:0", "--all"], "--all"),
+        (["nowhere", "a.png"], "nowhere"),
+    ):
+        assert cli.gate_maps(argv) == 2
+        err = capfd.readouterr().err
+        assert len(err.splitlines()) == 1 and words in err
+
+
+def test_gate_maps_of_a_classifier_and_of_a_network_without_gates(workplace, capfd):
+    assert cli.train(["config.yaml", "model.name=vg_convit_atto", "model.options={patch_size: 8, img_size: 32}"]) == 0
+    assert cli.gate_maps(["run", "data/val/cat/0.png"]) == 0
+    assert cv2.imread("gate_maps.png").std() > 10
+    assert cli.train(["config.yaml", "trainer.run_dir=plain"]) == 0
+    capfd.readouterr()
+    assert cli.gate_maps(["plain", "data/val/cat/0.png"]) == 2
+    assert "test_convnext has no gates" in capfd.readouterr().err
+
+
 def test_interrupted_ends_with_130(workplace, capfd, monkeypatch):
     def stop(*_, **__):
         raise Interrupted("stopped in epoch 1")
@@ -174,7 +209,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(workplace, monkeypatch):
 
 
 def test_help_of_every_command(capfd):
-    for command in ("train", "evaluate", "models", "bench"):
+    for command in ("train", "evaluate", "gate-maps", "models", "bench"):
         assert cli.main([command, "--help"]) == 0
         out = capfd.readouterr().out
         assert out.startswith(f"usage: {command}") and len(out.splitlines()) > 3

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from vision_gates.errors import ConfigError, UserError
 
-__all__ = ["bench", "evaluate", "main", "models", "train"]
+__all__ = ["bench", "evaluate", "gate_maps", "main", "models", "train"]
 
 
 def train(argv: Sequence[str]) -> int:
@@ -59,10 +59,45 @@ def evaluate(argv: Sequence[str]) -> int:
     return _guard(work, argv, evaluate)
 
 
+def gate_maps(argv: Sequence[str]) -> int:
+    """usage: gate-maps RUN IMAGE [IMAGE ...] [out=gate_maps.png] [gates=PATTERN] [key=value ...]
+
+    Draw what the gates of a trained network do to images: each image, its prediction and the maps of its gates, from
+    coarse to fine, in one PNG. A map has a value between 0 and 1 at each position: bright is open, dark is closed, and
+    the headline of a row says what passes where its gates are open.
+
+    RUN is a run directory; its best weights are used. IMAGE is an image file, or a sample of the run's own data by
+    split and number, such as test:0.
+        out=gate_maps.png     the picture
+        gates=*               only gates whose path in the network matches, such as gates='decoder.*'
+    key=value overrides a key of the run's configuration, such as data.image_size:
+        gate-maps runs/drive_attention_unet my_retina.png out=retina.png gates='decoder.*'
+        gate-maps runs/mni152_attention_unet test:2 test:5
+    """
+
+    def work() -> int:
+        options = dict(text.split("=", 1) for text in argv if text.startswith(("out=", "gates=")))
+        rest = [text for text in argv if not text.startswith(("out=", "gates="))]
+        overrides = [text for text in rest if "=" in text and not os.path.exists(text)]
+        paths = [text for text in rest if text not in overrides]
+        _refuse_flags(argv)
+        if len(paths) < 2:
+            raise ConfigError(f"a RUN and an IMAGE are needed, found {' '.join(paths) or 'none'}")
+        from vision_gates.engine.gate_figure import draw_gate_maps
+
+        out = options.get("out", "gate_maps.png")
+        draw_gate_maps(paths[0], paths[1:], out, gates=options.get("gates", "*"), overrides=overrides)
+        sys.stdout.write(f"gate maps: {out}\n")
+        return 0
+
+    return _guard(work, argv, gate_maps)
+
+
 def models(argv: Sequence[str]) -> int:
     """usage: models [PATTERN] [format=table|markdown|csv]
 
-    List the models of this package with family, parameters, source and published result:
+    List the models of this package with family, parameters, source and published result, and its whole segmentation
+    networks:
         models 'vg_vig_*'
     """
 
@@ -80,15 +115,19 @@ def bench(argv: Sequence[str]) -> int:
 
     Measure speed and memory on this machine, peers and ours in one run and one table.
 
-    bench models times timm models on random images, interleaved, and compares each with the last one of the same size
-    and runtime. Without names: vg_vig_tiny deit_tiny_patch16_224.
+    bench models times models on random images, interleaved, and compares each with the last one of the same size and
+    runtime. Without names: vg_vig_tiny deit_tiny_patch16_224. A name is one of timm's; or, for segmentation, 2-D or
+    3-D, network:NAME of this package or monai:NAME; or FILE.py:FUNCTION, a function that returns a network.
+        family=               instead of names, a family and its peers: vig, convit, hornet, attention_unet (dims=3)
         size=224              or several: size=224,512,1024,2048
         batch=8               or auto: 128 images at 224 pixels, and as many pixels at other sizes
         mode=training         forward and backward; or inference
         dtype=float32         or bfloat16, float16: autocast in training, the weights' type in inference
-        runtime=eager         or several of eager,compiled,graph: torch.compile, and that with CUDA graphs (inference)
+        runtime=eager         or several of eager,compiled,graph: torch.compile, and that with CUDA graphs
         rounds=10             each round times every model for about 0.05 s, at least once
         profile=false         true lists the longest kernels of one pass, too
+        dims=2                images; 3: volumes of one channel
+        channels_last=false   true lays out weights and input with channels last, of all that are compared
     bench ops checks and times operators of this package, each beside its peers (fla if it is installed). An operator
     with a wrong result gets no speed. Without names: all of them.
         dtype=                float32, bfloat16, float16; by default what each operator's bench.py chooses
@@ -102,6 +141,7 @@ def bench(argv: Sequence[str]) -> int:
     Examples:
         bench models vg_vig_tiny deit_tiny_patch16_224 batch=4
         bench models mode=inference dtype=bfloat16 size=224,512,1024,2048 batch=auto runtime=eager,graph out=speed/
+        bench models family=attention_unet dims=3 size=128 batch=2 dtype=bfloat16 runtime=eager,compiled
         bench ops bidirectional_gla cold=true out=ops.csv
 
     ms is the median; low and high are the smallest and largest ratio of a round. Of an operator, ms counts what the
@@ -118,7 +158,7 @@ def bench(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """usage: vision-gates train|evaluate|models|bench ...
+    """usage: vision-gates train|evaluate|gate-maps|models|bench ...
 
     vision-gates COMMAND --help says more about a command.
     """
@@ -128,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": train,
         "evaluate": evaluate,
+        "gate-maps": gate_maps,
         "models": models,
         "bench": bench,
     }
@@ -193,11 +234,15 @@ def _held_out(run: str) -> str:
         return "test"  # the evaluation says what is wrong with the directory
 
 
-def _path_and_overrides(argv: Sequence[str], what: str) -> tuple[str, list[str]]:
-    """The one argument without ``=``, and the others."""
+def _refuse_flags(argv: Sequence[str]) -> None:
     flags = [text for text in argv if text.startswith("-")]
     if flags:
         raise ConfigError(f"{flags[0]}: there are no flags; override a key as key=value, for example optim.lr=0.001")
+
+
+def _path_and_overrides(argv: Sequence[str], what: str) -> tuple[str, list[str]]:
+    """The one argument without ``=``, and the others."""
+    _refuse_flags(argv)
     paths = [text for text in argv if "=" not in text]
     if len(paths) != 1:
         found = f"found {len(paths)}: {' '.join(paths)}" if paths else "found none"

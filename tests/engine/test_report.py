@@ -20,15 +20,31 @@ from vision_gates.engine.figures import (
     class_colour,
     confusion_matrix,
     error_mask,
+    heat_bar,
+    heat_colours,
+    heat_mask,
+    heat_table,
     label_mask,
     line_chart,
     png_uri,
+)
+from vision_gates.engine.gate_views import (
+    MAX_SIDE,
+    GateTable,
+    GateView,
+    GateViews,
+    Neighbourhood,
+    gate_tables,
+    gate_views,
+    pack_gate_views,
+    read_gate_views,
 )
 from vision_gates.engine.overlays import UNSCORED
 from vision_gates.engine.report import write_report
 from vision_gates.engine.run_directory import append_line, to_json
 from vision_gates.engine.trainer import train
 from vision_gates.errors import UserError
+from vision_gates.gate_maps import GateMap
 from vision_gates.metrics import create_metrics
 
 EVIL = '<script>alert("1")</script>'
@@ -191,6 +207,103 @@ def test_no_run_directory(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# ---------------------------------------------------------------- gates
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "words"),
+    [
+        (
+            "segmentation",
+            ["model.name=vg_vig_h_atto", "model.decoder={type: attention_unet, channels: 8, detail_channels: 4}"],
+            ["attention gate, gate 5 of 5", "32 x 32 positions", "image and prediction", "locality gate, layer 6 of 6"],
+        ),
+        (
+            "classification",
+            ["model.name=vg_convit_atto", "model.options={patch_size: 8, img_size: 32}"],
+            ["Gated positional attention, head by head", "Where layer 1 of 5 looks by position", "head 4"],
+        ),
+        (
+            "classification",
+            ["model.name=vg_vig_atto", "model.options={patch_size: 8, img_size: 32}"],
+            ["locality gate, layer 3 of 6, mean of 3 heads", "4 x 4 positions", "image, predicted", "head by head"],
+        ),
+    ],
+)
+def test_report_shows_what_the_gates_did(task, model, words, make_config, quiet):
+    run = train(make_config("schedule.epochs=1", *model, task=task), console=quiet)
+    text = " ".join(_page(run / "report.html").text)
+    for part in ["What the gates do", *words]:
+        assert part in text, part
+    gates = read_gate_views(run / "evaluation" / "test_gates.npz")
+    assert len(gates.samples) == (0 if "convit" in model[0] else 4 if task == "segmentation" else 2)
+    assert (run / "report.html").stat().st_size < 1_000_000
+
+    (run / "evaluation" / "test_gates.npz").unlink()
+    old = " ".join(_page(write_report(run)).text)
+    assert "What the gates do" not in old and "Test images" in old, "a run of before has no maps, but a report"
+
+
+def test_a_network_without_gates_has_no_gate_file(make_config, quiet):
+    run = train(make_config("schedule.epochs=1"), console=quiet)
+    assert not (run / "evaluation" / "test_gates.npz").exists()
+
+
+def _map(values, kind="attention gate", name="gate", **words) -> GateMap:
+    import torch
+
+    values = torch.as_tensor(np.asarray(values), dtype=torch.float32)
+    labels = tuple(f"head {i}" for i in range(values.shape[1 if values.ndim > 1 else 0]))
+    return GateMap(name, kind, values, labels, unit="head", **words)
+
+
+def test_views_are_bounded_and_evenly_spread():
+    single = [_map(np.full((1, 1, 600, 300), i / 10), name=f"g{i}") for i in range(10)]
+    heads = [_map(np.stack([np.zeros((1, 4, 4)), np.ones((1, 4, 4))], 1), "locality gate", f"h{i}") for i in range(12)]
+    views = gate_views([*heads, *single], (600, 300))
+    assert [v.name for v in views if v.kind == "locality gate"] == ["h0", "h6", "h11"]
+    assert [v.name for v in views if v.kind == "attention gate"] == ["g0", "g2", "g4", "g5", "g7", "g9"]
+    assert all(max(v.values.shape) <= MAX_SIDE for v in views) and views[3].grid == (600, 300)
+    assert views[0].title == "layer 1 of 12, mean of 2 heads" and np.all(views[0].values == 0.5)
+    volume = _map(np.zeros((1, 1, 4, 4, 4)))
+    assert gate_views([volume, _map([0.5, 0.5])], (4, 4)) == []
+
+
+def test_padding_is_cut_off_a_view():
+    values = np.zeros((1, 1, 4, 4))
+    values[..., 3] = 1.0  # the padding at the right of an image of 64 x 48
+    (view,) = gate_views([_map(values)], (64, 48), divisor=64)
+    assert view.values.shape == (64, 48) and view.values[:, :40].max() == 0 and view.values.max() <= 0.5
+
+
+def test_tables_are_means_of_samples_and_positions():
+    first, second = _map(np.zeros((1, 2, 3, 3)), "k", "a"), _map(np.full((1, 2, 3, 3), 0.5), "k", "a")
+    wide = _map([0.25, 0.5, 0.75], "k", "b")
+    (table,) = gate_tables([[first, wide], [second, wide]])
+    assert table.values == ((0.25, 0.25, None), (0.25, 0.5, 0.75)) and table.names == ("a", "b")
+    assert gate_tables([[_map(np.ones((1, 2, 3, 3)), "k", relative=True)]]) == []
+    assert gate_tables([[_map(np.ones((1, 1, 3, 3)))]]) == [] and gate_tables([]) == []
+
+
+def test_gate_file_keeps_everything_and_words_are_escaped(tmp_path):
+    run = _run(tmp_path, task="segmentation", epochs=2)
+    _evaluated(run, "segmentation", ("background", "a"))
+    values = np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)
+    views = GateViews(
+        {0: [GateView(EVIL, EVIL, EVIL, EVIL, (4, 4), values)], 7: [GateView("n", "k", "t", "m", (4, 4), values)]},
+        [GateTable(EVIL, EVIL, EVIL, (EVIL, "b"), ((0.5, None), (0.25, 1.0)))],
+        [Neighbourhood(EVIL, EVIL, EVIL, np.stack([values, values]))],
+    )
+    path = run / "evaluation" / "test_gates.npz"
+    path.write_bytes(pack_gate_views(views))
+    read = read_gate_views(path)
+    assert list(read.samples) == [0, 7] and read.samples[0][0].title == EVIL
+    np.testing.assert_allclose(read.samples[0][0].values, values, atol=1 / 255)
+    assert read.tables[0].values == [[0.5, None], [0.25, 1.0]] and read.neighbourhoods[0].values.shape == (2, 4, 4)
+    page = _page(write_report(run))
+    assert sum(EVIL in part for part in page.text) >= 5, "and the sample that is not shown any more is left out"
+
+
 # ---------------------------------------------------------------- figures
 
 
@@ -224,6 +337,22 @@ def test_masks_show_classes_outlines_and_errors():
     expected = np.zeros((300, 300), bool)
     expected[50:100, 50:150] = True
     np.testing.assert_array_equal(wrong, expected)
+
+
+def test_heat_is_brighter_and_more_opaque_where_the_value_is_larger():
+    rgba = _pixels(heat_mask(np.linspace(0, 1, 64)[None])).astype(int)[0]
+    assert (np.diff(rgba[:, :3].sum(axis=1)) >= -2).all() and rgba[0, :3].sum() < 20 and rgba[-1, :3].sum() > 600
+    assert (np.diff(rgba[:, 3]) >= 0).all() and 60 < rgba[0, 3] < rgba[-1, 3] < 200, "the image shines through"
+    assert _pixels(heat_mask(np.zeros((2, 3)), opaque=True))[..., 3].min() == 255
+    np.testing.assert_array_equal(heat_colours(np.array([-1.0, 2.0])), heat_colours(np.array([0.0, 1.0])))
+
+
+def test_heat_table_and_bar():
+    table = _svg(heat_table([[0.5, None], [0.0, 1.0]], rows=["a", "<b>"], columns=["x", "y"], titles=["m", "n"]))
+    assert [cell.text for cell in table.iter("td")] == ["a", "0.50", None, "<b>", "0.00", "1.00"]
+    assert [cell.get("style", "")[-4:] for cell in table.iter("td")][4:] == ["#fff", "#000"]
+    bar = _svg(heat_bar("<dark>", "bright"))
+    assert [part.text for part in bar.iter("span")] == ["0 <dark>", "1 bright"]
 
 
 def test_colours_of_many_classes_differ():

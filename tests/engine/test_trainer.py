@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from vision_gates.engine import trainer as trainer_module
 from vision_gates.engine.building import RunInfo, _load_weights, build_model, load_run
 from vision_gates.engine.data import derive_seed
+from vision_gates.engine.evaluation import evaluate_run
 from vision_gates.engine.run_directory import read_metrics
 from vision_gates.engine.trainer import Trainer, train
 from vision_gates.errors import ConfigError, UserError
+from vision_gates.networks import create_network
 
 PLAIN_SGD = ("optim.name=momentum", "optim.lr=0.05", "optim.momentum=0", "optim.weight_decay=0", "schedule.min_lr=0")
 
@@ -62,6 +65,67 @@ def test_segmentation_learns(make_config, quiet):
     assert rows[-1]["train"]["loss"] < 0.7 * rows[0]["train"]["loss"]
     assert set(rows[-1]["val"]) == {"loss", "dice", "iou", "accuracy", "dice_pooled"}
     assert json.loads((run / "evaluation" / "test.json").read_text())["metrics"]["dice"] > 0.5
+
+
+AGUNET = ("model.name=agunet", "model.decoder=null", "model.options={widths: [4, 8, 8]}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["optim.accumulate=2", "trainer.ema_decay=0.5"],
+        ["task.deep_supervision_weights=[1, 1]", "trainer.compile=true", "schedule.epochs=2"],
+    ],
+    ids=["accumulated", "compiled"],
+)
+def test_a_network_with_deep_supervision_learns(make_config, quiet, monkeypatch, options):
+    quick = partialmethod(torch.nn.Module.compile, backend="aot_eager")  # no C++ compiler for a list of outputs
+    monkeypatch.setattr(torch.nn.Module, "compile", quick)
+    config = make_config("schedule.epochs=6", "optim.lr=2e-2", *AGUNET, *options, task="segmentation")
+    run = train(config, console=quiet)
+    rows = read_metrics(run / "metrics.jsonl")
+    assert rows[-1]["train"]["loss"] < (0.7 if len(rows) == 6 else 0.95) * rows[0]["train"]["loss"]
+    assert set(rows[-1]["val"]) == {"loss", "dice", "iou", "accuracy", "dice_pooled"}
+    assert rows[-1]["val"]["loss"] < 1.5
+    assert any(key.startswith("heads.2.") for key in weights(run))
+    trained = json.loads((run / "evaluation" / "test.json").read_text())["metrics"]
+    assert evaluate_run(run).result.metrics == pytest.approx(trained)
+
+
+def test_weights_of_a_volume_network_are_one_line(make_config, tmp_path):
+    info = RunInfo(("a", "b"), 3, None, None, None, {}, {})
+    deep = create_network("agunet", in_channels=3, num_classes=2, spatial_dims=3, widths=(4, 8, 8))
+    torch.save(deep.state_dict(), tmp_path / "deep.pth")
+    config = make_config(*AGUNET, f"model.checkpoint={tmp_path / 'deep.pth'}", task="segmentation")
+    with pytest.raises(
+        ConfigError, match="model.checkpoint: .*deep.pth: weights of a 3-D network .* spatial_dims=3"
+    ) as e:
+        build_model(config, info)
+    assert "\n" not in str(e.value)
+    flat = create_network("agunet", in_channels=3, num_classes=5, widths=(4, 8, 8))  # classes may be others
+    torch.save(flat.state_dict(), tmp_path / "flat.pth")
+    built = build_model(make_config(*AGUNET, f"model.checkpoint={tmp_path / 'flat.pth'}", task="segmentation"), info)
+    assert torch.equal(built.state_dict()["up.1.0.weight"], flat.state_dict()["up.1.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([*AGUNET, "task.deep_supervision_weights=[1, 1, 1]"], "_weights: 3 numbers for a network with 2 outputs in"),
+        (["task.deep_supervision_weights=[1, 1]"], "_weights: 2 numbers for a network with 1 output in"),
+        ([*AGUNET, "optim.layer_decay=0.9"], "optim.layer_decay: agunet does not say how its layers follow"),
+        (
+            [*AGUNET, "model.options={widths: [4, 8], spatial_dims: 3}"],
+            "model.name=agunet: fails on .* must have 5 axes",
+        ),
+    ],
+)
+def test_mistakes_with_whole_networks_leave_nothing_behind(make_config, quiet, overrides, message):
+    config = make_config(*overrides, task="segmentation")
+    with pytest.raises(ConfigError, match=message) as error:
+        train(config, console=quiet)
+    assert "\n" not in str(error.value)
+    assert not Path(config.trainer.run_dir).exists()
 
 
 def test_same_seed_same_run_other_seed_other_run(make_config, quiet):

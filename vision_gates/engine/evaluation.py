@@ -26,13 +26,23 @@ from vision_gates.datasets.base import DataSplits, Split, few, load_splits
 from vision_gates.engine.building import RunInfo, build_loader, build_metrics, build_model, load_run
 from vision_gates.engine.checkpoint import find_weights
 from vision_gates.engine.device import build_accelerator, deterministic_algorithms
+from vision_gates.engine.gate_views import GateViews, observe_gates, pack_gate_views
 from vision_gates.engine.overlays import OverlayCollector, pack_overlays
 from vision_gates.engine.report import CLASS_COLUMNS, METRIC_LABELS, write_report
 from vision_gates.engine.run_directory import RunDirectory, atomic_write_bytes, atomic_write_text, to_json
 from vision_gates.errors import DataError, UserError
+from vision_gates.gate_maps import gates_of
 from vision_gates.metrics import Metrics, Result
 
-__all__ = ["NUM_OVERLAYS", "Evaluation", "evaluate_model", "evaluate_run", "evaluation_table", "write_evaluation"]
+__all__ = [
+    "NUM_OVERLAYS",
+    "Evaluation",
+    "evaluate_model",
+    "evaluate_run",
+    "evaluation_table",
+    "load_best",
+    "write_evaluation",
+]
 
 NUM_OVERLAYS = 12
 """Samples that the report shows of a split."""
@@ -56,6 +66,7 @@ class Evaluation:
         split: Name of the split; set by `evaluate_run`, as are the next two.
         path: The written JSON file.
         report: The written report.
+        gates: What the gates did to a few of the overlays; None for a network without gates.
     """
 
     result: Result
@@ -68,6 +79,7 @@ class Evaluation:
     split: str = ""
     path: Path | None = None
     report: Path | None = None
+    gates: GateViews | None = None
 
 
 def evaluate_model(
@@ -109,7 +121,15 @@ def evaluate_model(
     if collect:
         length = len(loader.dataset)  # type: ignore[attr-defined]
         ignore = getattr(metrics, "ignore_index", None)
-        keep = OverlayCollector(collect, length, task=metrics.task, mean=mean, std=std, ignore_index=ignore)
+        keep = OverlayCollector(
+            collect,
+            length,
+            task=metrics.task,
+            mean=mean,
+            std=std,
+            ignore_index=ignore,
+            inputs=bool(gates_of(model)),
+        )
     total, count = 0.0, 0
     was_training = model.training
     model.eval()
@@ -135,6 +155,10 @@ def evaluate_model(
     total, count, overlays = _gather(metrics, total, count, overlays, keep)
     if not count:
         raise ValueError("no image has been evaluated: the loader is empty")
+    gates = None
+    if overlays and "input" in overlays[0] and _is_first_process():
+        gates = observe_gates(model, overlays, task=metrics.task, device=device, autocast=autocast)
+    overlays = [{key: value for key, value in entry.items() if key != "input"} for entry in overlays]
     return Evaluation(
         result=metrics.compute(),
         rows=metrics.rows(),
@@ -143,7 +167,13 @@ def evaluate_model(
         seconds=time.perf_counter() - started,
         task=metrics.task,
         class_names=metrics.class_names,
+        gates=gates,
     )
+
+
+def _is_first_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _gather(
@@ -176,7 +206,7 @@ def _csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_evaluation(run_dir: str | Path, split: str, evaluation: Evaluation, *, checkpoint: str = "best") -> Path:
-    """Write ``evaluation/<split>.json`` and ``.csv`` and, if there are overlays, ``<split>_overlays.npz``.
+    """Write ``evaluation/<split>.json`` and ``.csv`` and, where there are any, overlays and gate maps as ``.npz``.
 
     Each file is written atomically, the JSON last, so that a reader who finds it finds the others too.
 
@@ -194,11 +224,15 @@ def write_evaluation(run_dir: str | Path, split: str, evaluation: Evaluation, *,
     folder.mkdir(parents=True, exist_ok=True)
     # A file name that is no UTF-8 must not stop the table.
     atomic_write_bytes(folder / f"{split}.csv", _csv_text(evaluation.rows).encode(errors="backslashreplace"))
-    overlays = folder / f"{split}_overlays.npz"
-    if evaluation.overlays:
-        atomic_write_bytes(overlays, pack_overlays(evaluation.overlays))
-    else:
-        overlays.unlink(missing_ok=True)  # of an earlier evaluation, whose samples these are not
+    pictures = {
+        folder / f"{split}_overlays.npz": pack_overlays(evaluation.overlays) if evaluation.overlays else None,
+        folder / f"{split}_gates.npz": None if evaluation.gates is None else pack_gate_views(evaluation.gates),
+    }
+    for file, data in pictures.items():
+        if data is not None:
+            atomic_write_bytes(file, data)
+        else:
+            file.unlink(missing_ok=True)  # of an earlier evaluation, whose samples these are not
     content = _content(evaluation, split) | {"run": run_dir.resolve().name, "checkpoint": checkpoint}
     path = folder / f"{split}.json"
     atomic_write_text(path, to_json(content, indent=1) + "\n")
@@ -248,17 +282,10 @@ def evaluate_run(run_dir: str | Path, *, split: str = "test", overrides: Sequenc
         near = get_close_matches(split, ("train", "val", "test"), n=1)
         raise UserError(f"split={split}: train, val or test is needed" + (f"; did you mean {near[0]}?" if near else ""))
     config, info = load_run(run.path, list(overrides))
-    weights = find_weights(run.checkpoints)
+    find_weights(run.checkpoints)  # before the data are read: whether there are any
     splits = load_splits(config.data)
     samples = _checked_split(splits, split, config, info)
-    # The weights come from the run: whatever training started from need not be there any more.
-    bare = config.model.model_copy(update={"pretrained": False, "checkpoint": None})
-    model = build_model(config.model_copy(update={"model": bare}), info)
-    try:
-        model.load_state_dict(safetensors.torch.load_file(weights))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{weights}: does not fit model.name={config.model.name} and its options: {reason}") from error
+    model, weights = load_best(run, config, info)
     accelerator = build_accelerator(config)
     device = accelerator.device
     with deterministic_algorithms(config.trainer.deterministic):
@@ -274,6 +301,24 @@ def evaluate_run(run_dir: str | Path, *, split: str = "test", overrides: Sequenc
         )
     path = write_evaluation(run.path, split, evaluation, checkpoint=weights.parent.name)
     return replace(evaluation, split=split, path=path, report=write_report(run.path))
+
+
+def load_best(run: RunDirectory, config: RunConfig, info: RunInfo) -> tuple[nn.Module, Path]:
+    """A run's network with its best weights, on the CPU, and the file they came from.
+
+    Raises:
+        UserError: No complete checkpoint, or weights that do not fit the (overridden) network.
+    """
+    weights = find_weights(run.checkpoints)
+    # The weights come from the run: whatever training started from need not be there any more.
+    bare = config.model.model_copy(update={"pretrained": False, "checkpoint": None})
+    model = build_model(config.model_copy(update={"model": bare}), info)
+    try:
+        model.load_state_dict(safetensors.torch.load_file(weights))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{weights}: does not fit model.name={config.model.name} and its options: {reason}") from error
+    return model, weights
 
 
 def _no_run(path: Path) -> str:

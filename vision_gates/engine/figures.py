@@ -10,12 +10,26 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Series", "class_colour", "confusion_matrix", "error_mask", "label_mask", "line_chart", "png_uri"]
+__all__ = [
+    "Series",
+    "class_colour",
+    "confusion_matrix",
+    "error_mask",
+    "heat_alpha",
+    "heat_bar",
+    "heat_colours",
+    "heat_mask",
+    "heat_table",
+    "label_mask",
+    "line_chart",
+    "png_uri",
+]
 
 # Okabe and Ito's palette, told apart with every common colour blindness; the dark blue last, it drowns on MR images.
 _PALETTE = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#0072B2")
@@ -77,6 +91,60 @@ def error_mask(target_HW: NDArray[np.integer], prediction_HW: NDArray[np.integer
     rgba_HW4 = np.zeros((*target_HW.shape, 4), dtype=np.uint8)
     rgba_HW4[wrong_HW] = (*_ERROR, 235)
     return png_uri(rgba_HW4)
+
+
+# ---------------------------------------------------------------- heat
+
+
+def heat_colours(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """RGB colours of values in [0, 1]: black through purple and orange to light yellow, evenly spaced for the eye."""
+    steps = np.clip(np.rint(np.asarray(values, dtype=np.float64) * 255), 0, 255).astype(np.uint8)
+    colours_BGR = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[None], cv2.COLORMAP_INFERNO).reshape(256, 3)
+    return colours_BGR[:, ::-1].astype(np.uint8)[steps]
+
+
+def heat_alpha(values: NDArray[np.floating]) -> NDArray[np.floating]:
+    """How much of an image the heat over it hides: more where it is bright, never so much that the image is lost."""
+    return 0.35 + 0.3 * values
+
+
+def heat_mask(values_HW: NDArray[np.floating], *, opaque: bool = False) -> str:
+    """PNG URI of values in [0, 1] as heat over an image, which shines through most where they are small.
+
+    Args:
+        values_HW: (H, W), in 64 steps.
+        opaque: Nothing shines through.
+    """
+    values_HW = np.rint(np.clip(values_HW, 0.0, 1.0) * 63) / 63  # fewer steps make a smaller file
+    alpha_HW = np.ones(values_HW.shape) if opaque else heat_alpha(values_HW)
+    alpha_HW1 = np.rint(255 * alpha_HW[..., None]).astype(np.uint8)
+    return png_uri(np.concatenate((heat_colours(values_HW), alpha_HW1), axis=-1))
+
+
+def heat_bar(low: str, high: str) -> str:
+    """Colour bar of :func:`heat_mask` from 0 to 1, with a word for each end; HTML."""
+    stops = ",".join(f"rgb({r},{g},{b})" for r, g, b in heat_colours(np.linspace(0, 1, 9)).tolist())
+    bar = f'<i style="background:linear-gradient(90deg,{stops})"></i>'
+    return f'<div class="bar"><span>0 {html.escape(low)}</span>{bar}<span>1 {html.escape(high)}</span></div>'
+
+
+def heat_table(
+    values: Sequence[Sequence[float | None]], *, rows: Sequence[str], columns: Sequence[str], titles: Sequence[str]
+) -> str:
+    """HTML table of numbers in [0, 1], each on its heat colour; ``titles`` are the rows' long names."""
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = []
+    for row, title, numbers in zip(rows, titles, values, strict=True):
+        cells = []
+        for value in numbers:
+            if value is None:
+                cells.append("<td></td>")
+                continue
+            r, g, b = heat_colours(np.asarray(value)).tolist()
+            ink = "#000" if 0.299 * r + 0.587 * g + 0.114 * b > 128 else "#fff"
+            cells.append(f'<td style="background:rgb({r},{g},{b});color:{ink}">{value:.2f}</td>')
+        body.append(f'<tr><td title="{html.escape(title)}">{html.escape(row)}</td>{"".join(cells)}</tr>')
+    return f'<div class="scroll"><table class="heat"><tr><th></th>{head}</tr>{"".join(body)}</table></div>'
 
 
 # ---------------------------------------------------------------- line charts

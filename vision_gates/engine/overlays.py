@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["MAX_SIDE", "UNSCORED", "OverlayCollector", "pack_overlays", "read_overlays"]
+__all__ = ["MAX_SIDE", "UNSCORED", "OverlayCollector", "display_image", "pack_overlays", "read_overlays"]
 
 MAX_SIDE = 384
 """Longest side in pixels of an overlay; larger images are thinned out, their labels with them."""
@@ -36,6 +36,7 @@ class OverlayCollector:
         task: "classification" or "segmentation".
         mean, std: Per-channel normalisation to undo; None: the images are only stretched.
         ignore_index: Label whose pixels are not scored.
+        inputs: Keep each sample's input of the network, too, as ``input``.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class OverlayCollector:
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
         ignore_index: int | None,
+        inputs: bool = False,
     ) -> None:
         even = math.ceil(number / 2)
         self._even = set(np.linspace(0, length - 1, num=min(even, length)).round().astype(int).tolist())
         # Of a small segmentation split not every image is "among the worst"; a mistake of a classifier always is one.
         self._num_worst = number - even if task == "classification" else min(number - even, max(length // 4, 1))
         self._mean, self._std = mean, std
+        self._inputs = inputs
         self._ignore = -1 if ignore_index is None else ignore_index
         self._kept: list[dict[str, Any]] = []
         self._worst: list[tuple[float, int, dict[str, Any]]] = []
@@ -82,9 +85,11 @@ class OverlayCollector:
         entry: dict[str, Any] = {
             "name": str(batch["name"][i]),
             "index": int(batch["index"][i]),
-            "image": _display(image_CHW[:, ::stride, ::stride], self._mean, self._std),
+            "image": display_image(image_CHW[:, ::stride, ::stride], self._mean, self._std),
             "badness": bad,
         }
+        if self._inputs:
+            entry["input"] = batch["image"][i].cpu().clone()  # a view would keep the whole batch
         if target.ndim:
             prediction_HW = output[i].argmax(dim=0).cpu()
             masks = {"target": target[::stride, ::stride], "prediction": prediction_HW[::stride, ::stride]}
@@ -113,7 +118,7 @@ def _rank(entry: Mapping[str, Any]) -> tuple[float, int]:
     return (-entry["badness"], entry["index"])
 
 
-def _display(image_CHW: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> NDArray[np.float32]:
+def display_image(image_CHW: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> NDArray[np.float32]:
     """(H, W) or (H, W, 3) in 0..1 for the eye: normalisation undone, then 0.5 % to 99.5 % stretched to the full range.
 
     One range for all channels, so that colours stay. Of an image that is neither grey nor RGB the middle channel is

@@ -21,10 +21,14 @@ from vision_gates.engine.figures import (
     class_colour,
     confusion_matrix,
     error_mask,
+    heat_bar,
+    heat_mask,
+    heat_table,
     label_mask,
     line_chart,
     png_uri,
 )
+from vision_gates.engine.gate_views import GateViews, read_gate_views
 from vision_gates.engine.overlays import read_overlays
 from vision_gates.engine.run_directory import RunDirectory, atomic_write_bytes, read_metrics
 from vision_gates.errors import UserError
@@ -115,6 +119,16 @@ color:var(--card);font-weight:600}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:18px}
 .gallery img{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:#000;border-radius:6px}
 .gallery .tiny{image-rendering:pixelated}
+.maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px 8px;font-size:12px;
+line-height:1.35}.maps .view img{image-rendering:auto}.maps .view .cells{image-rendering:pixelated}
+.maps .heats::before{content:"";position:absolute;inset:0;background:inherit;filter:grayscale(1)}
+.maps .heats:hover::before{opacity:0}
+.maps p{margin:4px 0 0}.gates figure{margin-bottom:22px}
+.bar{display:flex;flex-wrap:wrap;align-items:center;gap:4px 10px;font-size:13px;margin:0 0 16px}
+.bar i{width:150px;height:11px;border-radius:3px}
+.heat{width:auto;margin-bottom:14px}.heat td{text-align:center;border:2px solid var(--card);border-radius:5px;
+padding:5px 12px}.heat th{text-align:center;border:0}
+.heat td:first-child{text-align:left;min-width:0;white-space:nowrap}
 .wrong{color:var(--b);font-weight:600}.right{color:var(--a);font-weight:600}
 summary{cursor:pointer;font-weight:600;font-size:18px}footer{color:var(--soft);font-size:13px;text-align:center}
 """
@@ -341,6 +355,9 @@ def _evaluation(run: RunDirectory, evaluation: Mapping[str, Any]) -> str:
         body = f'<div class="{"split" if narrow else "stack"}">{pair}</div>{_gallery(overlays, evaluation)}'
     else:
         body = table + _samples(overlays, evaluation)
+    gates = run.evaluation / f"{split}_gates.npz"
+    if gates.is_file():
+        body += _gates(read_gate_views(gates), overlays, evaluation)
     title = f"{split.capitalize()} images" if split in ("test", "val", "train") else split
     return f'<section><h2>{_text(title)}</h2><div class="tiles">{tiles}</div>{body}</section>'
 
@@ -429,3 +446,63 @@ def _gallery(overlays: Iterable[Mapping[str, Any]], evaluation: Mapping[str, Any
                 f'<h3>{title}</h3><p class="small soft">{_GALLERY_KEY}</p><div class="gallery">{"".join(figures)}</div>'
             )
     return "".join(parts)
+
+
+# ---------------------------------------------------------------- gates
+
+
+def _gates(gates: GateViews, overlays: Iterable[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> str:
+    """What the gates did: maps over a few samples, openness of heads, neighbourhoods."""
+    shown = {o["index"]: o for o in overlays}
+    figures = [_gate_figure(shown[i], views, evaluation) for i, views in gates.samples.items() if i in shown]
+    parts = []
+    if figures:
+        meanings = {view.kind: view.meaning for views in gates.samples.values() for view in views}
+        parts.append(_meanings(meanings))
+        parts.append(heat_bar("(dark)", "(bright)"))
+        parts.append(
+            '<p class="small soft">The colours always span 0 to 1; the numbers below a map are its smallest and '
+            f"largest value. Point at a view to see the image below.</p>{''.join(figures)}"
+        )
+    for table in gates.tables:
+        rows = [f"layer {i}" for i in range(1, len(table.names) + 1)]
+        columns = [f"{table.unit} {i}" for i in range(1, len(table.values[0]) + 1)]
+        heat = heat_table(table.values, rows=rows, columns=columns, titles=table.names)
+        parts.append(f"<h3>{_text(table.kind).capitalize()}, {_text(table.unit)} by {_text(table.unit)}</h3>")
+        parts.append(f"{_meanings({table.kind: table.meaning})}{heat}")
+    for near in gates.neighbourhoods:
+        frame = f"--image:none;--shape:{near.values.shape[2]}/{near.values.shape[1]}"
+        views = "".join(
+            f'<div><div class="view"><img class="cells" alt="" src="{heat_mask(values, opaque=True)}"></div>'
+            f"<p>{_text(near.unit)} {i}</p></div>"
+            for i, values in enumerate(near.values, start=1)
+        )
+        title = f"Where {_text(near.title)} looks by position, from the middle of the grid"
+        parts.append(f'<h3 title="{_text(near.name)}">{title}</h3><div class="maps" style="{frame}">{views}</div>')
+    return f'<div class="gates"><h3>What the gates do</h3>{"".join(parts)}</div>' if parts else ""
+
+
+def _meanings(meanings: Mapping[str, str]) -> str:
+    return "".join(f'<p class="small"><b>{_text(kind)}</b>: {_text(text)}.</p>' for kind, text in meanings.items())
+
+
+def _gate_figure(overlay: Mapping[str, Any], views: Iterable[Any], evaluation: Mapping[str, Any]) -> str:
+    """The image (with its prediction, in segmentation) and the gates' maps over it."""
+    names = evaluation["class_names"]
+    height, width = overlay["image"].shape[:2]
+    if evaluation["task"] == "segmentation":
+        mask = f'<img alt="" src="{label_mask(overlay["prediction"], len(names))}">'
+        about = "image and prediction"
+    else:
+        mask, about = "", f"image, predicted {names[int(overlay['prediction'])]}"
+    cells = [f'<div><div class="view">{mask}</div><p>{_text(about)}</p></div>']
+    for view in views:
+        low, high = float(view.values.min()), float(view.values.max())
+        cells.append(
+            f'<div><div class="view heats"><img alt="" src="{heat_mask(view.values)}"></div>'
+            f'<p title="{_text(view.name)}">{_text(view.kind)}, {_text(view.title)}<br><span class="soft">'
+            f"{view.grid[0]} x {view.grid[1]} positions, {low:.2f} to {high:.2f}</span></p></div>"
+        )
+    frame = f"--image:url({png_uri(overlay['image'])});--shape:{width}/{height}"
+    caption = f'<figcaption class="soft">{_text(overlay["name"])}</figcaption>'
+    return f'<figure style="{frame}"><div class="maps">{"".join(cells)}</div>{caption}</figure>'
