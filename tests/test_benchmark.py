@@ -189,6 +189,23 @@ def test_out_of_memory_is_a_row_and_the_others_go_on(breaking, number, capfd):
     assert all(broken[key] is None for key in ("images_per_second", "milliseconds", "ratio", "peak_extra_mib"))
 
 
+def test_a_peer_may_have_a_runtime_of_its_own(clock, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    settings = dict(size=32, batch=1, rounds=1, mode="inference", device="cpu")
+    rows = bench_models(NAMES, runtime="compiled", peer_runtime="eager", **settings)
+    assert [row["runtime"] for row in rows] == ["compiled", "eager"] and rows[0]["ratio"] is not None
+    with pytest.raises(ConfigError, match="peer_runtime must be one of"):
+        bench_models(NAMES, peer_runtime="fast", **settings)
+
+
+def test_others_are_warmed_up_anew_after_a_failure(breaking, monkeypatch):
+    prepared, prepare = [], models._Candidate.prepare
+    monkeypatch.setattr(models._Candidate, "prepare", lambda self: prepared.append(self.name) or prepare(self))
+    breaking("test_resnet", RuntimeError("a graph of it was overwritten"))
+    ours, _ = bench_models(["vg_vig_atto", "test_resnet"], size=32, batch=1, rounds=1, mode="inference", device="cpu")
+    assert prepared == ["vg_vig_atto", "test_resnet", "vg_vig_atto"] and ours["images_per_second"] == 1.0
+
+
 def test_without_the_peer_there_is_no_ratio(breaking):
     breaking("test_resnet", torch.OutOfMemoryError("CUDA out of memory"))
     ours, peer = bench_models(NAMES, size=32, batch=1, rounds=2, mode="inference", device="cpu")

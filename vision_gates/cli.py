@@ -124,6 +124,7 @@ def bench(argv: Sequence[str]) -> int:
         mode=training         forward and backward; or inference
         dtype=float32         or bfloat16, float16: autocast in training, the weights' type in inference
         runtime=eager         or several of eager,compiled,graph: torch.compile, and that with CUDA graphs
+        peer_runtime=         of the last model, where it cannot run like the others; by default the same
         rounds=10             each round times every model for about 0.05 s, at least once
         profile=false         true lists the longest kernels of one pass, too
         dims=2                images; 3: volumes of one channel

@@ -45,6 +45,7 @@ class ModelSettings:
         profile: list the kernels of one pass, too.
         dims: axes of the input: 2, images of three channels, or 3, volumes of one.
         channels_last: weights and input in channels-last memory, of all that are compared.
+        peer_runtime: the peer's, where it cannot run like the others; None: the same.
     """
 
     size: Sequence[int] = (224,)
@@ -57,12 +58,14 @@ class ModelSettings:
     profile: bool = False
     dims: int = 2
     channels_last: bool = False
+    peer_runtime: str | None = None
 
     def __post_init__(self) -> None:
         for key, words, known in (
             ("mode", (self.mode,), _MODES),
             ("dtype", (self.dtype,), tuple(DTYPES)),
             ("runtime", self.runtime, _RUNTIMES),
+            ("peer_runtime", (self.peer_runtime or "eager",), _RUNTIMES),
         ):
             if unknown := [word for word in words or ("",) if word not in known]:
                 raise ConfigError(f"{key} must be one of {', '.join(known)}, got {unknown[0]!r}")
@@ -73,7 +76,7 @@ class ModelSettings:
         for key, numbers in (("size", self.size), ("rounds", (self.rounds,))):
             if min(numbers, default=0) < 1:
                 raise ConfigError(f"{key} must be at least 1, got {min(numbers, default=None)}")
-        if "graph" in self.runtime and self.target.type != "cuda":
+        if "graph" in (*self.runtime, self.peer_runtime) and self.target.type != "cuda":
             raise ConfigError("runtime=graph replays CUDA graphs and needs a GPU; compiled runs here")
 
     @property
@@ -170,10 +173,9 @@ def _group(
     about, target, batch = f"{size} px, {runtime}", settings.target, settings.batch_at(size)
     shape = (batch, IN_CHANS[settings.dims], *(size,) * settings.dims)
     images = torch.randn(shape, device=target, generator=torch.Generator(target).manual_seed(0))
-    candidates = [_Candidate(name, settings, runtime, images) for name in names]
-    for candidate in candidates:
-        on_progress(f"{about}: warming up {candidate.name}")
-        candidate.attempt(candidate.prepare)
+    runtimes = [runtime] * (len(names) - 1) + [settings.peer_runtime or runtime]
+    candidates = [_Candidate(name, settings, each, images) for name, each in zip(names, runtimes, strict=True)]
+    _prepare(candidates, about, on_progress)
     for done in range(settings.rounds):
         on_progress(f"{about}: round {done + 1} of {settings.rounds}")
         for candidate in candidates:
@@ -190,6 +192,20 @@ def _group(
     torch.compiler.reset()  # what was compiled holds the models, and sizes seen before would make shapes dynamic
     _free(target)
     return group
+
+
+def _prepare(candidates: Sequence["_Candidate"], about: str, on_progress: Callable[[str], None]) -> None:
+    """Warm all up; once more without those that failed, which may have left CUDA graphs of the others unusable."""
+    for _ in range(2):
+        failed = len([candidate for candidate in candidates if candidate.problem is not None])
+        for candidate in candidates:
+            on_progress(f"{about}: warming up {candidate.name}")
+            candidate.attempt(candidate.prepare)
+        if len([candidate for candidate in candidates if candidate.problem is not None]) == failed:
+            return
+        for candidate in candidates:
+            candidate.release()
+        torch.compiler.reset()
 
 
 @dataclass
