@@ -72,7 +72,7 @@ def gate_maps(argv: Sequence[str]) -> int:
         gates=*               only gates whose path in the network matches, such as gates='decoder.*'
     key=value overrides a key of the run's configuration, such as data.image_size:
         gate-maps runs/drive_attention_unet my_retina.png out=retina.png gates='decoder.*'
-        gate-maps runs/mni152_attention_unet test:2 test:5
+        gate-maps runs/mni152_vig_h_attention test:2 test:5
     """
 
     def work() -> int:

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from vision_gates.gates.gated_positional_attention import GatedPositionalSelfAttention
@@ -127,21 +126,17 @@ def test_reference_gradients():
     assert torch.autograd.gradcheck(positional_attention, [x.requires_grad_() for x in tensors])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reference_is_the_gate(dtype):
-    """The layer's own result, from the operator."""
-    layer = GatedPositionalSelfAttention(12, num_heads=3)
+def test_the_layer_is_the_dense_definition():
+    """ConViT's layer, which calls the operator, against attention matrices of all pairs of tokens."""
+    layer = GatedPositionalSelfAttention(12, num_heads=3).double()
     torch.nn.init.normal_(layer.pos_weight)
-    x = torch.randn(2, 5, 4, 12)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        wanted = layer(x)
-        qkv_BN3hD = layer.qkv(x.flatten(1, 2)).unflatten(-1, (3, 3, 4))
-        q, k, v = qkv_BN3hD.unbind(2)
-        content = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-        got = positional_attention(content, v, *layer.positional_attention(5, 4), layer.gate)
-        assert got.dtype == dtype and got.is_contiguous()
-        got = layer.proj(got.flatten(2)).unflatten(1, (5, 4))
-    torch.testing.assert_close(got, wanted)
+    x = torch.randn(2, 5, 4, 12, dtype=torch.float64)
+    q, k, v = layer.qkv(x.flatten(1, 2)).unflatten(-1, (3, 3, 4)).unbind(2)
+    content = (torch.einsum("bnhd,bmhd->bhnm", q, k) / 2).softmax(-1)
+    position = torch.stack([torch.kron(*tables) for tables in zip(*layer.positional_attention(5, 4), strict=True)])
+    gate = layer.gate[:, None, None]
+    mixed = torch.einsum("bhnm,bmhd->bnhd", (1 - gate) * content + gate * position, v)
+    torch.testing.assert_close(layer(x), layer.proj(mixed.flatten(2)).unflatten(1, (5, 4)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
