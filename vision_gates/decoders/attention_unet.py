@@ -7,12 +7,12 @@ Suffixes: B batch, C channels, H W height and width.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from vision_gates.decoders._layers import check_levels, conv_norm_act, resize
 from vision_gates.gates import AttentionGate
 from vision_gates.gates.attention_gate import GateStyle
+from vision_gates.kernels.upsample_concat import upsample_concat
 
 __all__ = ["AttentionUNetDecoder"]
 
@@ -81,7 +81,8 @@ class AttentionUNetDecoder(nn.Module):
         if self.details is not None:
             skips = [*skips, *(detail(image) for detail in self.details)]
         for skip, gate, conv in zip(skips, self.gates, self.convs, strict=True):
-            state = conv(torch.cat([gate(skip, state), resize(state, skip)], dim=1))
+            gated = gate(skip, state)
+            state = conv(upsample_concat(gated, state.to(gated.dtype)))
         return resize(self.classifier(state), image)
 
 
