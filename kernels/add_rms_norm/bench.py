@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vision_gates.kernels import add_rms_norm as operator
 from vision_gates.kernels.add_rms_norm.reference import add_rms_norm_reference
+from vision_gates.kernels.checking import worst_errors
 from vision_gates.kernels.timing import machine_facts, measure
 
 __all__ = ["CPU_SHAPES", "CUDA_SHAPES", "example", "rows"]
@@ -46,12 +47,12 @@ def rows(
     about = {"dtype": str(dtype).removeprefix("torch."), **machine_facts(device)}
     result: list[dict[str, Any]] = []
     for shape in shapes or (CUDA_SHAPES if on_cuda else CPU_SHAPES):
-        worst_errors = _check(backends, shape, device, dtype)
+        errors = _check(backends, shape, device, dtype)
         inputs, dy = _inputs(shape, device, dtype)
-        for backend, worst_error in zip(backends, worst_errors, strict=True):
+        for backend, error in zip(backends, errors, strict=True):
             columns = measure(_one_result(_call(backend)), inputs, dy, min_seconds=min_seconds)
             row = {"op": "add_rms_norm", "backend": backend, "shape": shape}
-            result.append({**row, **columns, "worst_error": worst_error, **about})
+            result.append({**row, **columns, "worst_error": error, **about})
         if peers:
             columns = measure(_one_result(_composition), inputs, dy, min_seconds=min_seconds)
             result.append({"op": "add, rms_norm", "backend": "torch", "shape": shape, **columns, **about})
@@ -115,21 +116,11 @@ def _check(backends: Sequence[str], shape: tuple[int, int], device: torch.device
     tensors, dy = _inputs((min(M, _CHECKED_ROWS), C), device, dtype)
     wide = [x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
     exact = _run(add_rms_norm_reference, wide, dy.double())
-    limits = [1e-5 + 4 * _error(x.to(dtype), x) for x in exact]
-    worst = []
-    for backend in backends:
-        errors = [_error(got, x) for got, x in zip(_run(_call(backend), tensors, dy), exact, strict=True)]
-        for name, error, limit in zip(_NAMES, errors, limits, strict=True):
-            if not error <= limit:  # also when NaN
-                raise RuntimeError(
-                    f"{backend} backend, shape {shape}, {dtype}: error of {name} is {error:.1e}, "
-                    f"above its limit {limit:.1e}; nothing was timed"
-                )
-        if backend == "reference":
-            limits = [1e-6 + 2 * error for error in errors]
-        worst.append(max(errors))
-    return worst
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
+    return worst_errors(
+        backends,
+        lambda backend: _run(_call(backend), tensors, dy),
+        exact,
+        names=_NAMES,
+        dtype=dtype,
+        about=f"shape {shape}",
+    )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vision_gates.kernels import bidirectional_gla as operator
 from vision_gates.kernels.bidirectional_gla.reference import bidirectional_gla_definition, bidirectional_gla_reference
+from vision_gates.kernels.checking import relative_error, result_and_gradients
 from vision_gates.kernels.timing import machine_facts, measure
 
 __all__ = ["CPU_SHAPES", "CUDA_SHAPES", "example", "rows"]
@@ -55,7 +56,7 @@ def rows(
         # Two images are enough to see a mixed-up batch, and keep the states of the exact result in memory.
         small = _inputs((min(shape[0], 2), *shape[1:]), device, dtype)
         exact = _exact(*small)
-        limits = [1e-5 + 2 * _error(x.to(dtype), x) for x in exact]
+        limits = [1e-5 + 2 * relative_error(x.to(dtype), x) for x in exact]
         for backend in backends:
             errors = _errors(_call(backend), *small, exact)
             for name, error, limit in zip(_NAMES, errors, limits, strict=True):
@@ -103,18 +104,13 @@ def _inputs(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> t
     return [x.to(device, dtype).requires_grad_() for x in tensors], do.to(device, dtype)
 
 
-def _run(function: Callable[..., Tensor], tensors: Sequence[Tensor], do: Tensor) -> list[Tensor]:
-    o = function(*tensors)
-    return [o.detach(), *torch.autograd.grad(o, tensors, do)]
-
-
 def _exact(tensors: Sequence[Tensor], do: Tensor) -> list[Tensor]:
     """Output and gradients in float64: of the definition, or of the safe reference after that has been held to it."""
 
     def part(n_tokens: int) -> tuple[list[Tensor], Tensor]:
         return [x.detach()[:, :n_tokens].double().requires_grad_() for x in tensors], do[:, :n_tokens].double()
 
-    definition = _run(bidirectional_gla_definition, *part(_DEFINITION_TOKENS))
+    definition = result_and_gradients(bidirectional_gla_definition, *part(_DEFINITION_TOKENS))
     if do.shape[1] <= _DEFINITION_TOKENS:
         return definition
 
@@ -123,17 +119,13 @@ def _exact(tensors: Sequence[Tensor], do: Tensor) -> list[Tensor]:
 
     if not max(_errors(safe, *part(_DEFINITION_TOKENS), definition)) <= 1e-10:
         raise RuntimeError(f"the safe reference in float64 misses the definition on {do.device}; nothing was timed")
-    return _run(safe, *part(do.shape[1]))
+    return result_and_gradients(safe, *part(do.shape[1]))
 
 
 def _errors(
     function: Callable[..., Tensor], tensors: Sequence[Tensor], do: Tensor, exact: Sequence[Tensor]
 ) -> list[float]:
-    return [_error(got, x) for got, x in zip(_run(function, tensors, do), exact, strict=True)]
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
+    return [relative_error(got, x) for got, x in zip(result_and_gradients(function, tensors, do), exact, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------------ fla

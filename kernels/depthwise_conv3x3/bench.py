@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_gates.kernels import depthwise_conv3x3 as operator
+from vision_gates.kernels.checking import relative_error, result_and_gradients
 from vision_gates.kernels.timing import machine_facts, measure
 
 __all__ = ["CPU_SHAPES", "CUDA_SHAPES", "example", "rows"]
@@ -55,11 +56,14 @@ def rows(
         inputs, upstream = _inputs(shape, device, dtype)
         doubles = [x.detach().double().requires_grad_() for x in inputs]
         for activation in activations:
-            exact = _run(_call("reference", activation), doubles, upstream.double())
-            limits = [1e-5 + 8 * _error(x.to(dtype), x) for x in exact]
+            exact = result_and_gradients(_call("reference", activation), doubles, upstream.double())
+            limits = [1e-5 + 8 * relative_error(x.to(dtype), x) for x in exact]
             for backend in backends:
                 function = _call(backend, activation)
-                errors = [_error(got, x) for got, x in zip(_run(function, inputs, upstream), exact, strict=True)]
+                errors = [
+                    relative_error(got, x)
+                    for got, x in zip(result_and_gradients(function, inputs, upstream), exact, strict=True)
+                ]
                 for name, error, limit in zip(_NAMES, errors, limits, strict=True):
                     if not error <= limit:  # also when NaN
                         raise RuntimeError(
@@ -90,12 +94,3 @@ def _inputs(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> t
     x, dy = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     weight = (torch.randn(shape[-1], 1, 3, 3, generator=generator) / 3).to(device, dtype)
     return [x.requires_grad_(), weight.requires_grad_()], dy
-
-
-def _run(function: Callable[..., Tensor], tensors: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
-    y = function(*tensors)
-    return [y.detach(), *torch.autograd.grad(y, tensors, dy)]
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())

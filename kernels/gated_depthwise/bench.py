@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_gates.kernels import gated_depthwise as operator
+from vision_gates.kernels.checking import relative_error, result_and_gradients
 from vision_gates.kernels.timing import machine_facts, measure
 
 __all__ = ["CPU_SHAPES", "CUDA_SHAPES", "example", "rows"]
@@ -51,10 +52,13 @@ def rows(
     for shape in shapes or (CUDA_SHAPES if on_cuda else CPU_SHAPES):
         inputs, upstream = _inputs(shape, kernel_size, device, dtype)
         doubles = [x.detach().double().requires_grad_() for x in inputs]
-        exact = _run(_call("reference"), doubles, upstream.double())
-        limits = [1e-5 + 8 * _error(x.to(dtype), x) for x in exact]
+        exact = result_and_gradients(_call("reference"), doubles, upstream.double())
+        limits = [1e-5 + 8 * relative_error(x.to(dtype), x) for x in exact]
         for backend, function in _peers(on_cuda).items():
-            errors = [_error(got, x) for got, x in zip(_run(function, inputs, upstream), exact, strict=True)]
+            errors = [
+                relative_error(got, x)
+                for got, x in zip(result_and_gradients(function, inputs, upstream), exact, strict=True)
+            ]
             for name, error, limit in zip(_NAMES, errors, limits, strict=True):
                 if not error <= limit:  # also when NaN
                     raise RuntimeError(
@@ -96,12 +100,3 @@ def _inputs(
     bias = torch.randn(shape[-1], generator=generator)
     leaves = [x, gate, weight.to(device, dtype), bias.to(device, dtype)]
     return [leaf.requires_grad_() for leaf in leaves], dy
-
-
-def _run(function: Callable[..., Tensor], tensors: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
-    y = function(*tensors)
-    return [y.detach(), *torch.autograd.grad(y, tensors, dy)]
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())

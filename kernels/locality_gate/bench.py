@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_gates.kernels import locality_gate as operator
+from vision_gates.kernels.checking import relative_error, result_and_gradients
 from vision_gates.kernels.locality_gate.reference import locality_gate_reference
 from vision_gates.kernels.timing import machine_facts, measure
 
@@ -53,11 +54,16 @@ def rows(
     result: list[dict[str, Any]] = []
     for shape in shapes or (CUDA_SHAPES if on_cuda else CPU_SHAPES):
         inputs, upstream = _inputs(shape, device, dtype)
-        exact = _run(functions["reference"], [x.detach().double().requires_grad_() for x in inputs], upstream.double())
-        limits = [1e-5 + 8 * _error(x.to(dtype), x) for x in exact]
+        exact = result_and_gradients(
+            functions["reference"], [x.detach().double().requires_grad_() for x in inputs], upstream.double()
+        )
+        limits = [1e-5 + 8 * relative_error(x.to(dtype), x) for x in exact]
         kernel_limits = limits
         for backend, function in functions.items():
-            errors = [_error(got, x) for got, x in zip(_run(function, inputs, upstream), exact, strict=True)]
+            errors = [
+                relative_error(got, x)
+                for got, x in zip(result_and_gradients(function, inputs, upstream), exact, strict=True)
+            ]
             backend_limits = kernel_limits if backend == "triton" else limits
             for name, error, limit in zip(_NAMES, errors, backend_limits, strict=True):
                 if not error <= limit:  # also when NaN
@@ -90,12 +96,3 @@ def _inputs(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> t
     w_o, w_l = (torch.rand(shape[-1], generator=generator).to(device) + 0.5 for _ in range(2))
     gate_bias = torch.randn(shape[-2:], generator=generator).to(device)
     return [x.requires_grad_() for x in (o, local, logits, w_o, w_l, gate_bias)], dy
-
-
-def _run(function: Callable[..., Tensor], tensors: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
-    y = function(*tensors)
-    return [y.detach(), *torch.autograd.grad(y, tensors, dy)]
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())

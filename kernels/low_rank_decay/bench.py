@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_gates.kernels import low_rank_decay as operator
+from vision_gates.kernels.checking import result_and_gradients, worst_errors
 from vision_gates.kernels.low_rank_decay.reference import low_rank_decay_reference
 from vision_gates.kernels.timing import machine_facts, measure
 
@@ -75,11 +76,6 @@ def _inputs(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> t
     return [x.requires_grad_() for x in (wide[:, -R:], weight * R**-0.5, bias)], dg
 
 
-def _run(function: Callable[..., Tensor], tensors: Sequence[Tensor], dg: Tensor) -> list[Tensor]:
-    g = function(*tensors)
-    return [g.detach(), *torch.autograd.grad(g, tensors, dg)]
-
-
 def _check(
     backends: Sequence[str], shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
 ) -> list[float]:
@@ -87,22 +83,12 @@ def _check(
     M, R, K = shape
     tensors, dg = _inputs((min(M, _CHECKED_ROWS), R, K), device, dtype)
     reference = partial(low_rank_decay_reference, temperature=_TEMPERATURE)
-    exact = _run(reference, [x.detach().double().requires_grad_() for x in tensors], dg.double())
-    limits = [1e-5 + 4 * _error(x.to(dtype), x) for x in exact]
-    worst = []
-    for backend in backends:
-        errors = [_error(got, x) for got, x in zip(_run(_call(backend), tensors, dg), exact, strict=True)]
-        for name, error, limit in zip(_NAMES, errors, limits, strict=True):
-            if not error <= limit:  # also when NaN
-                raise RuntimeError(
-                    f"{backend} backend, shape {shape}, {dtype}: error of {name} is {error:.1e}, "
-                    f"above its limit {limit:.1e}; nothing was timed"
-                )
-        if backend == "reference":
-            limits = [1e-6 + 2 * error for error in errors]
-        worst.append(max(errors))
-    return worst
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
+    exact = result_and_gradients(reference, [x.detach().double().requires_grad_() for x in tensors], dg.double())
+    return worst_errors(
+        backends,
+        lambda backend: result_and_gradients(_call(backend), tensors, dg),
+        exact,
+        names=_NAMES,
+        dtype=dtype,
+        about=f"shape {shape}",
+    )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_gates.kernels import patch_rows as operator
+from vision_gates.kernels.checking import relative_error
 from vision_gates.kernels.patch_rows.reference import patch_rows_reference
 from vision_gates.kernels.timing import machine_facts, measure
 
@@ -81,13 +82,13 @@ def _check(backends: Sequence[str], x: Tensor, dy: Tensor) -> list[float]:
     about = f"backend, shape {tuple(x.shape)}, {x.dtype}"
     reference = partial(patch_rows_reference, **_WINDOW)
     exact_y, exact_dx = _run(reference, x.detach().double().requires_grad_(), dy.double())
-    limit = 1e-5 + 4 * _error(exact_dx.to(x.dtype), exact_dx)
+    limit = 1e-5 + 4 * relative_error(exact_dx.to(x.dtype), exact_dx)
     errors = []
     for backend in backends:
         y, dx = _run(_call(backend), x, dy)
         if not torch.equal(y, exact_y.to(x.dtype)):
             raise RuntimeError(f"{backend} {about}: the output is not that of the reference; nothing was timed")
-        error = _error(dx, exact_dx)
+        error = relative_error(dx, exact_dx)
         if not error <= limit:  # also when NaN
             raise RuntimeError(
                 f"{backend} {about}: error of dx is {error:.1e}, above its limit {limit:.1e}; nothing was timed"
@@ -96,7 +97,3 @@ def _check(backends: Sequence[str], x: Tensor, dy: Tensor) -> list[float]:
             limit = 1e-6 + 2 * error
         errors.append(error)
     return errors
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vision_gates.kernels import positional_attention as operator
+from vision_gates.kernels.checking import relative_error, result_and_gradients
 from vision_gates.kernels.positional_attention.reference import positional_attention_reference
 from vision_gates.kernels.timing import machine_facts, measure
 
@@ -50,9 +51,9 @@ def rows(
     for shape in shapes or (CUDA_SHAPES if on_cuda else CPU_SHAPES):
         inputs, upstream = _inputs(shape, device, dtype)
         doubles = [x.detach().double().requires_grad_() for x in inputs]
-        exact = _run(_call("reference"), doubles, upstream.double())
+        exact = result_and_gradients(_call("reference"), doubles, upstream.double())
         half = upstream.dtype  # of content and values; tables and their gradients are float32
-        limits = [1e-5 + 8 * _error(x.to(half), x) for x in exact]
+        limits = [1e-5 + 8 * relative_error(x.to(half), x) for x in exact]
         for backend in backends:
             errors = _errors(_call(backend), inputs, upstream, exact)
             for name, error, limit in zip(_NAMES, errors, limits, strict=True):
@@ -100,19 +101,10 @@ def _table(size: int, offset_h11: Tensor) -> Tensor:
     return (-(position - position[:, None] - offset_h11).square()).softmax(dim=-1)
 
 
-def _run(function: Callable[..., Tensor], tensors: Sequence[Tensor], dout: Tensor) -> list[Tensor]:
-    out = function(*tensors)
-    return [out.detach(), *torch.autograd.grad(out, tensors, dout)]
-
-
 def _errors(
     function: Callable[..., Tensor], tensors: Sequence[Tensor], dout: Tensor, exact: Sequence[Tensor]
 ) -> list[float]:
-    return [_error(got, x) for got, x in zip(_run(function, tensors, dout), exact, strict=True)]
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
+    return [relative_error(got, x) for got, x in zip(result_and_gradients(function, tensors, dout), exact, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- peers

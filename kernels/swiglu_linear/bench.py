@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vision_gates.kernels import swiglu_linear as operator
+from vision_gates.kernels.checking import result_and_gradients, worst_errors
 from vision_gates.kernels.swiglu_linear.reference import swiglu_linear_reference
 from vision_gates.kernels.timing import machine_facts, measure
 
@@ -96,33 +97,20 @@ def _measure(
     return columns
 
 
-def _run(function: Callable[..., Tensor], tensors: Sequence[Tensor], dh: Tensor) -> list[Tensor]:
-    h = function(*tensors)
-    return [h.detach(), *torch.autograd.grad(h, tensors, dh)]
-
-
 def _check(
     backends: Sequence[str], shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
 ) -> list[float]:
     """The worst error of each backend."""
     M, C, D = shape
     tensors, dh = _inputs((min(M, _CHECKED_ROWS), C, D), device, dtype)
-    exact = _run(swiglu_linear_reference, [x.detach().double().requires_grad_() for x in tensors], dh.double())
-    limits = [1e-5 + 4 * _error(x.to(dtype), x) for x in exact]
-    worst = []
-    for backend in backends:
-        errors = [_error(got, x) for got, x in zip(_run(_call(backend), tensors, dh), exact, strict=True)]
-        for name, error, limit in zip(_NAMES, errors, limits, strict=True):
-            if not error <= limit:  # also when NaN
-                raise RuntimeError(
-                    f"{backend} backend, shape {shape}, {dtype}: error of {name} is {error:.1e}, "
-                    f"above its limit {limit:.1e}; nothing was timed"
-                )
-        if backend == "reference":
-            limits = [1e-6 + 2 * error for error in errors]
-        worst.append(max(errors))
-    return worst
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
+    exact = result_and_gradients(
+        swiglu_linear_reference, [x.detach().double().requires_grad_() for x in tensors], dh.double()
+    )
+    return worst_errors(
+        backends,
+        lambda backend: result_and_gradients(_call(backend), tensors, dh),
+        exact,
+        names=_NAMES,
+        dtype=dtype,
+        about=f"shape {shape}",
+    )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vision_gates.kernels import upsample_concat as operator
+from vision_gates.kernels.checking import relative_error, result_and_gradients
 from vision_gates.kernels.timing import machine_facts, measure
 from vision_gates.kernels.upsample_concat.reference import upsample_concat_reference
 
@@ -81,11 +82,13 @@ def _inputs(
 
 def _check(backends: Sequence[str], inputs: Sequence[Tensor], dy: Tensor) -> list[float]:
     """The error of each backend."""
-    exact = _run(upsample_concat_reference, [x.detach().double().requires_grad_() for x in inputs], dy.double())
+    exact = result_and_gradients(
+        upsample_concat_reference, [x.detach().double().requires_grad_() for x in inputs], dy.double()
+    )
     errors: list[float] = []
     for backend in backends:
-        got = _run(_call(backend), inputs, dy)
-        errors.append(max(map(_error, got, exact)))
+        got = result_and_gradients(_call(backend), inputs, dy)
+        errors.append(max(map(relative_error, got, exact)))
         limit = 1e-6 + 2 * errors[0]
         if not errors[-1] <= limit or errors[0] > 0.02:  # also when NaN
             raise RuntimeError(
@@ -93,12 +96,3 @@ def _check(backends: Sequence[str], inputs: Sequence[Tensor], dy: Tensor) -> lis
                 f"above its limit {limit:.1e}; nothing was timed"
             )
     return errors
-
-
-def _run(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
-    y = function(*inputs)
-    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact).norm() / exact.norm())
