@@ -29,13 +29,20 @@ def shrunk(name: str) -> dict[str, int | tuple[int, ...]]:
 
 
 @functools.cache
+def _is_large(name: str) -> bool:
+    """More than 10 million parameters, of which not many copies fit into memory."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in timm.create_model(name, **shrunk(name)).parameters()) > 10e6
+
+
+@functools.cache
 def _built(name: str, options: tuple[tuple[str, object], ...]) -> nn.Module:
     return timm.create_model(name, **(shrunk(name) | dict(options)))
 
 
 def small(name: str, **kwargs) -> nn.Module:
     """A fresh copy of the shrunk model; most of these tests' time would go into drawing random weights."""
-    if kwargs.get("pretrained"):
+    if kwargs.get("pretrained") or _is_large(name):
         return timm.create_model(name, **(shrunk(name) | kwargs))
     return copy.deepcopy(_built(name, tuple(sorted(kwargs.items()))))
 
