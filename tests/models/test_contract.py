@@ -193,6 +193,7 @@ class TestModelContract:
         model = small(name, num_classes=6).eval()
         x = image(1)
         with torch.no_grad():
+            exact = copy.deepcopy(model).double()(x.double())
             expected = model(x)
             torch.testing.assert_close(copy.deepcopy(model)(x), expected)
             assert relative_error(model(x.to(memory_format=torch.channels_last)), expected) < 1e-4
@@ -200,7 +201,6 @@ class TestModelContract:
                 mixed = model(x)
             half = model.bfloat16()(x.bfloat16())  # after a forward: nothing may have been cached in another dtype
             assert half.dtype == torch.bfloat16
-            exact = small(name, num_classes=6).eval().double()(x.double())
             assert relative_error(expected.double(), exact) < 1e-4
             assert relative_error(half.double(), exact) < 0.1
             assert relative_error(mixed.double(), exact) < 0.1
