@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vision_gates  # noqa: F401  registers the models
+from vision_gates.decoders import available_decoders
 from vision_gates.gate_maps import collect_gate_maps, gates_of, record_gate_maps
 from vision_gates.gates import (
     AttentionGate,
@@ -15,6 +16,7 @@ from vision_gates.gates import (
     GnConv,
 )
 from vision_gates.models.attention_unet import AttentionUNet
+from vision_gates.networks import available_networks, create_network
 from vision_gates.segmenter import create_segmenter
 
 
@@ -137,6 +139,28 @@ def test_attention_unet(dims, size):
     maps = collect_gate_maps(model, torch.randn(1, 1, *size))
     assert [m.name for m in maps] == [f"gates.{level}.gates.{i}" for level in (3, 2) for i in (0, 1)]
     assert tuple(maps[0].values.shape[2:]) == tuple(n // 4 for n in size)
+
+
+NO_GATES = ("pyramid", "daunet")  # of all decoders and networks
+
+
+def in_range(maps, batch: int) -> bool:
+    return all(m.values.shape[0] == batch and 0 <= m.values.min() and m.values.max() <= 1 for m in maps)
+
+
+@pytest.mark.parametrize("kind", available_decoders())
+def test_every_decoder(kind):
+    segmenter = create_segmenter("test_resnet", num_classes=2, decoder={"type": kind}).eval()
+    maps = collect_gate_maps(segmenter, torch.randn(2, 3, 64, 96))
+    assert bool(maps) == (kind not in NO_GATES) and in_range(maps, 2)
+
+
+@pytest.mark.parametrize("name", available_networks())
+def test_every_network(name):
+    small = {"encoder": "test_resnet", "channels": 8} if name == "ear_unet" else {"widths": (8, 16, 32)}
+    network = create_network(name, in_channels=3, num_classes=2, **small).eval()
+    maps = collect_gate_maps(network, torch.randn(2, 3, 64, 96))
+    assert bool(maps) == (name not in NO_GATES) and in_range(maps, 2)
 
 
 def test_a_network_without_gates():

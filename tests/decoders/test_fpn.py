@@ -31,9 +31,9 @@ def test_encoders_at_odd_sizes(encoder, gnconv):
 @pytest.mark.parametrize(
     ("gnconv", "expected"),
     [
-        ("levels", ["outputs.0.0", "outputs.1.0", "outputs.2.0"]),
-        ("fusion", ["fusion.1"]),
-        ("both", ["outputs.0.0", "outputs.1.0", "outputs.2.0", "fusion.1"]),
+        ("levels", ["outputs.0.0.layer", "outputs.1.0.layer", "outputs.2.0.layer"]),
+        ("fusion", ["fusion.1.layer"]),
+        ("both", ["outputs.0.0.layer", "outputs.1.0.layer", "outputs.2.0.layer", "fusion.1.layer"]),
         ("none", []),
     ],
 )

@@ -65,7 +65,7 @@ class FPNDecoder(nn.Module):
             )
 
         def gnconv_norm_act() -> nn.Sequential:
-            conv = _MapGnConv(channels, order=order, kernel_size=kernel_size, scale=1.0)
+            conv = _OnMaps(GnConv(channels, order=order, kernel_size=kernel_size, scale=1.0))
             return nn.Sequential(conv, *norm_act(channels))
 
         self.laterals = nn.ModuleList(nn.Conv2d(c, channels, kernel_size=1) for c in encoder_channels)
@@ -89,11 +89,15 @@ class FPNDecoder(nn.Module):
         return resize(self.classifier(x_BCHW), image)
 
 
-class _MapGnConv(GnConv):
-    """gnConv of (B, C, H, W)."""
+class _OnMaps(nn.Module):
+    """A layer of (B, H, W, C) on (B, C, H, W). Around it rather than of its class: its gate map keeps its own axes."""
 
-    def forward(self, x_BCHW: Tensor, layer_scale_C: Tensor | None = None) -> Tensor:
-        return super().forward(x_BCHW.permute(0, 2, 3, 1), layer_scale_C).permute(0, 3, 1, 2)
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.layer(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 Decoder = FPNDecoder
