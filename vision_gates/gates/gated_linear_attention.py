@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_gates.gates.locality_gate import LocalityGate
-from vision_gates.gates.swiglu import is_plain_linear
+from vision_gates.gates.plain_linear import is_plain_linear, wide_linear
 from vision_gates.kernels.bidirectional_gla import bidirectional_gla
 from vision_gates.kernels.depthwise_conv3x3 import depthwise_conv3x3
 from vision_gates.kernels.low_rank_decay import low_rank_decay
@@ -18,8 +18,6 @@ __all__ = ["BidirectionalGatedLinearAttention"]
 
 _DECAY_TEMPERATURE = 16  # log-decay = log_sigmoid(logit) / 16: a fresh gate forgets about 4 % a token
 _INIT_GAIN = 2**-2.5
-_INDUCTOR_PADS_BEYOND = 1024  # torch._inductor.config.padding_stride_threshold
-_CACHE_LINE = 64  # elements of a half dtype
 
 
 class BidirectionalGatedLinearAttention(nn.Module):
@@ -72,7 +70,7 @@ class BidirectionalGatedLinearAttention(nn.Module):
         B, H, W, C = x_BHWC.shape
         local_BHWC = depthwise_conv3x3(x_BHWC, self.local_conv.weight, activation=self.activation)
         local_BNC = local_BHWC.view(B, H * W, C)
-        q, k, v, gate_BNC, low_rank = self._project(local_BNC).split(self.sizes, dim=-1)
+        q, k, v, gate_BNC, low_rank = wide_linear(local_BNC, self.in_proj).split(self.sizes, dim=-1)
         if is_plain_linear(self.decay_up) and self.decay_up.bias is not None:
             decay_BNC = low_rank_decay(
                 low_rank, self.decay_up.weight, self.decay_up.bias, temperature=_DECAY_TEMPERATURE
@@ -99,20 +97,10 @@ class BidirectionalGatedLinearAttention(nn.Module):
     def gate_map(self, x_BHWC: Tensor) -> Tensor:
         """Return how open the locality gate is, its mean over a head's channels: (B, num_heads, H, W) in [0, 1]."""
         local_BHWC = depthwise_conv3x3(x_BHWC, self.local_conv.weight, activation=self.activation)
-        logits_BNC = self._project(local_BHWC.flatten(1, 2)).split(self.sizes, dim=-1)[3] + self.gate_bias
+        logits_BNC = wide_linear(local_BHWC.flatten(1, 2), self.in_proj).split(self.sizes, dim=-1)[3] + self.gate_bias
         logits_BNC = logits_BNC.to(torch.promote_types(logits_BNC.dtype, torch.float32))
         gate_BNh = logits_BNC.sigmoid().unflatten(-1, (self.num_heads, -1)).mean(dim=-1)
         return gate_BNh.transpose(1, 2).unflatten(2, x_BHWC.shape[1:3])
-
-    def _project(self, local_BNC: Tensor) -> Tensor:
-        width = sum(self.sizes)
-        wide = width > _INDUCTOR_PADS_BEYOND and local_BNC.is_cuda and torch.compiler.is_compiling()
-        if wide and is_plain_linear(self.in_proj) and self.in_proj.bias is None:
-            # Inductor stretches such rows to whole cache lines, and then copies every part that a kernel reads back to
-            # the strides it was promised. Rows of whole cache lines stay as they are.
-            weight = F.pad(self.in_proj.weight, (0, 0, 0, -width % _CACHE_LINE))
-            return F.linear(local_BNC, weight)[..., :width]
-        return self.in_proj(local_BNC)
 
 
 def _join_projections(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:

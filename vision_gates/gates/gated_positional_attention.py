@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_gates.gates.plain_linear import wide_linear
 from vision_gates.kernels.positional_attention import positional_attention
 
 __all__ = ["GatedPositionalSelfAttention"]
@@ -123,7 +124,7 @@ class GatedPositionalSelfAttention(nn.Module):
         if x_BHWC.ndim != 4 or x_BHWC.shape[-1] != self.dim:
             raise ValueError(f"expected tokens of shape (B, H, W, {self.dim}), got {tuple(x_BHWC.shape)}")
         H, W = x_BHWC.shape[1:3]
-        qkv_BN3hD = self.qkv(x_BHWC.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))
+        qkv_BN3hD = wide_linear(x_BHWC.flatten(1, 2), self.qkv).unflatten(-1, (3, self.num_heads, -1))
         q_BNhD, k_BNhD, v_BNhD = qkv_BN3hD.unbind(2)
         content_BhND = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q_BNhD, k_BNhD, v_BNhD)))
         # Attention is linear in its matrix: the gate weighs two results as it would weigh two matrices.

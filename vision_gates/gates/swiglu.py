@@ -6,9 +6,10 @@ Paper: GLU Variants Improve Transformer, arXiv 2002.05202.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_gates.gates.plain_linear import is_plain_linear
 from vision_gates.kernels.swiglu_linear import swiglu_linear
 
-__all__ = ["SwiGLU", "is_plain_linear"]
+__all__ = ["SwiGLU"]
 
 
 class SwiGLU(nn.Module):
@@ -33,14 +34,3 @@ class SwiGLU(nn.Module):
             return self.out_proj(swiglu_linear(x, self.in_proj.weight))
         gate, value = self.in_proj(x).chunk(2, dim=-1)
         return self.out_proj(F.silu(gate) * value)
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling the module is F.linear with its weight and bias and nothing more."""
-    return (
-        type(module) is nn.Linear
-        and "forward" not in module.__dict__  # accelerate's hooks replace it
-        and not (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
-    )

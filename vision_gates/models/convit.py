@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, to_2tuple
+from timm.layers import DropPath, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from vision_gates.gates import GatedPositionalSelfAttention
 from vision_gates.models._build import build_model
 from vision_gates.models._checkpoint import fit_pos_embed, resize_pos_embed, unwrap
 from vision_gates.models._layered import LayeredModel, drop_path_rates
+from vision_gates.models._mlp import LeanMlp
 from vision_gates.models._stem import embed_patches
 
 __all__ = ["ConViT"]
@@ -56,7 +57,7 @@ class ConViTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=_LAYER_NORM_EPS)
         self.mixer = mixer
         self.norm2 = nn.LayerNorm(dim, eps=_LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio))
+        self.mlp = LeanMlp(dim, hidden_dim=int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
 from vision_gates.gates import GlobalLocalFilter, GnConv
 from vision_gates.gates.global_local_filter import resize_spectrum
-from vision_gates.gates.layer_scale import scaled_linear
 from vision_gates.models._build import build_model
 from vision_gates.models._checkpoint import unwrap
 from vision_gates.models._layered import LayeredModel, drop_path_rates
+from vision_gates.models._mlp import LeanMlp
 from vision_gates.models._stem import embed_patches
 
 __all__ = ["HorNet"]
@@ -53,15 +53,14 @@ class HorNetBlock(nn.Module):
             dim, order=order, kernel_size=kernel_size, scale=_GNCONV_SCALE, spatial_filter=spatial_filter
         )
         self.norm2 = nn.LayerNorm(dim, eps=_EPS)
-        self.mlp = Mlp(dim, hidden_features=4 * dim)
+        self.mlp = LeanMlp(dim, hidden_dim=4 * dim)
         self.gamma1 = nn.Parameter(torch.full((dim,), layer_scale))
         self.gamma2 = nn.Parameter(torch.full((dim,), layer_scale))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         x_BHWC = x_BHWC + self.drop_path(self.gnconv(self.norm1(x_BHWC), self.gamma1))
-        hidden_BHWC = self.mlp.act(self.mlp.fc1(self.norm2(x_BHWC)))
-        return x_BHWC + self.drop_path(scaled_linear(hidden_BHWC, self.mlp.fc2, self.gamma2))
+        return x_BHWC + self.drop_path(self.mlp(self.norm2(x_BHWC), self.gamma2))
 
 
 def _at_least_one_patch(x_BCHW: Tensor, size: int) -> Tensor:
