@@ -1,7 +1,8 @@
 """Training losses: Dice with cross-entropy for segmentation, cross-entropy on hard or mixed labels for classification.
 
-All compute in float32 whatever the dtype of the logits, return a scalar, and are deterministic on CPU and GPU (no
-scatter-add and no ``nll_loss2d`` in the backward pass), which exact resume needs.
+All compute in float32 (segmentation: float64 logits in float64), under autocast too, return a scalar, and are
+deterministic on CPU and GPU (no scatter-add and no ``nll_loss2d`` in the backward pass), which exact resume needs. What
+may take the place of Dice is in ``vision_gates.region_losses``.
 """
 
 import math
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vision_gates.region_losses import SoftDice
 
 __all__ = ["ClassificationLoss", "DeepSupervisionLoss", "SegmentationLoss"]
 
@@ -27,18 +30,19 @@ def _weight_tensor(class_weights: Tensor | None, num_classes: int | None) -> Ten
 
 
 class SegmentationLoss(nn.Module):
-    """``dice_weight * (1 - soft Dice) + (1 - dice_weight) * cross-entropy``, for any number of spatial dimensions.
+    """``dice_weight * overlap + (1 - dice_weight) * cross-entropy``, for any number of spatial dimensions.
 
-    The soft Dice of a class is ``(2 sum(p y) + s) / (sum(p) + sum(y) + s)`` with the sums over all pixels of the batch
-    and ``s = 1`` pixel; its mean runs over all classes, background included. A class that neither the batch nor the
-    prediction holds scores about 1, so an absent class neither gives NaN nor dominates. (Milletari et al.,
-    arXiv 1606.04797, with plain instead of squared sums; batch-wise as in nnU-Net, arXiv 1904.08128.)
+    The cross-entropy is focal where ``focal_gamma`` is above 0: each pixel's term has the factor ``(1 - p)^gamma``, p
+    the probability of its true class, so that pixels that are right already count for less. Its mean is weighted by the
+    class weights alone. (Lin et al., arXiv 1708.02002, whose sum is divided by the number of objects instead.)
 
     Args:
         num_classes: Number of classes C, background included, at least 2.
-        dice_weight: Share of the Dice term, from 0 (cross-entropy only) to 1 (Dice only).
+        dice_weight: Share of the overlap term, from 0 (cross-entropy only) to 1 (overlap only).
         class_weights: (C,) weights of the cross-entropy term; its mean is weighted as in ``F.cross_entropy``.
         ignore_index: Label whose pixels take no part in either term; it may lie outside 0..C-1.
+        overlap: One of ``vision_gates.region_losses``; None: :class:`~vision_gates.region_losses.SoftDice`.
+        focal_gamma: Exponent of the focal cross-entropy; 0: plain.
 
     Raises:
         ValueError: Arguments out of range.
@@ -53,16 +57,21 @@ class SegmentationLoss(nn.Module):
         dice_weight: float = 0.5,
         class_weights: Tensor | None = None,
         ignore_index: int | None = None,
+        overlap: nn.Module | None = None,
+        focal_gamma: float = 0.0,
     ) -> None:
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes: at least 2 (background and one more) are needed, got {num_classes}")
         if not 0.0 <= dice_weight <= 1.0:
             raise ValueError(f"dice_weight: a number from 0 to 1 is needed, got {dice_weight}")
+        if not 0.0 <= focal_gamma < math.inf:
+            raise ValueError(f"focal_gamma: a finite number >= 0 is needed, got {focal_gamma}")
         self.num_classes = num_classes
         self.dice_weight = dice_weight
         self.ignore_index = ignore_index
-        self.smooth = 1.0
+        self.overlap = SoftDice() if overlap is None else overlap
+        self.focal_gamma = focal_gamma
         self.register_buffer("class_weights", _weight_tensor(class_weights, num_classes), persistent=False)
 
     def forward(self, logits_BCS: Tensor, target_BS: Tensor) -> Tensor:
@@ -73,7 +82,7 @@ class SegmentationLoss(nn.Module):
             target_BS: (B, *spatial) integer labels in 0..C-1, or ``ignore_index``.
 
         Returns:
-            Scalar float32 tensor. With every pixel ignored it is 0 and its gradient is 0.
+            Scalar float32 (of float64 logits: float64) tensor. With every pixel ignored it is 0, its gradient too.
 
         Raises:
             ValueError: Shapes that do not fit, or (on the CPU) a label that is no class. On a GPU such a label fails
@@ -96,7 +105,7 @@ class SegmentationLoss(nn.Module):
             if low < 0 or high >= self.num_classes:
                 raise ValueError(f"label {low if low < 0 else high} is not in 0..{self.num_classes - 1}")
 
-        log_p_BCS = logits_BCS.float().log_softmax(dim=1)
+        log_p_BCS = logits_BCS.to(torch.promote_types(logits_BCS.dtype, torch.float32)).log_softmax(dim=1)
         # scatter_, unlike a comparison with arange, stops at a label out of range instead of dropping its pixel.
         one_hot_BCS = torch.zeros_like(log_p_BCS, requires_grad=False).scatter_(1, target_BS.unsqueeze(1), 1.0)
         one_hot_BCS = one_hot_BCS * valid_BS.unsqueeze(1)
@@ -106,16 +115,17 @@ class SegmentationLoss(nn.Module):
             if self.class_weights is not None:
                 shape = (1, self.num_classes) + (1,) * (logits_BCS.ndim - 2)
                 weighted = one_hot_BCS * self.class_weights.view(shape)
+            terms_BCS = weighted * log_p_BCS
+            if self.focal_gamma > 0.0:
+                # 1 - p to full precision near p = 1; the floor keeps the power's gradient finite there.
+                wrong_BS = -(one_hot_BCS * log_p_BCS).sum(dim=1, keepdim=True).expm1()
+                terms_BCS = terms_BCS * wrong_BS.clamp_min(torch.finfo(torch.float32).tiny) ** self.focal_gamma
             # The tiny floor only matters when no pixel counts: then 0 / tiny = 0.
-            cross_entropy = -(weighted * log_p_BCS).sum() / weighted.sum().clamp_min(torch.finfo(torch.float32).tiny)
+            cross_entropy = -terms_BCS.sum() / weighted.sum().clamp_min(torch.finfo(torch.float32).tiny)
             loss = loss + (1.0 - self.dice_weight) * cross_entropy
         if self.dice_weight > 0.0:
-            dims = (0, *range(2, logits_BCS.ndim))
             p_BCS = log_p_BCS.exp() * valid_BS.unsqueeze(1)
-            overlap_C = (p_BCS * one_hot_BCS).sum(dims)
-            size_C = p_BCS.sum(dims) + one_hot_BCS.sum(dims)
-            dice_C = (2.0 * overlap_C + self.smooth) / (size_C + self.smooth)
-            loss = loss + self.dice_weight * (1.0 - dice_C.mean())
+            loss = loss + self.dice_weight * self.overlap(p_BCS, one_hot_BCS)
         return loss
 
 
