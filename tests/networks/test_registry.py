@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vision_gates.models import AGUNet, AttentionUNet, DAUNet
+from vision_gates.models import AGUNet, AttentionUNet, DAUNet, HorNetUNet
 from vision_gates.networks import available_networks, create_network, describe_network, network_options
 
 # Small enough for a test; what these do not shrink is.
@@ -13,6 +13,7 @@ SMALL = {
     "attention_unet": dict(widths=(4, 8, 8)),
     "attention_resunet": dict(widths=(4, 8, 8)),
     "ear_unet": dict(encoder="test_resnet", channels=4, max_channels=8),
+    "hornet_unet": dict(widths=(4, 8, 8)),
 }
 
 
@@ -35,7 +36,10 @@ def test_every_network_keeps_the_contract(name):
     assert about.endswith(".") and 20 < len(about) < 120
 
 
-@pytest.mark.parametrize("name, kind", [("agunet", AGUNet), ("daunet", DAUNet), ("attention_unet", AttentionUNet)])
+@pytest.mark.parametrize(
+    "name, kind",
+    [("agunet", AGUNet), ("daunet", DAUNet), ("attention_unet", AttentionUNet), ("hornet_unet", HorNetUNet)],
+)
 def test_those_for_volumes_are_flat_unless_told(name, kind):
     flat = create_network(name, in_channels=1, num_classes=2, **SMALL[name])
     deep = create_network(name, in_channels=1, num_classes=2, spatial_dims=3, **SMALL[name])

@@ -4,6 +4,7 @@ from vision_gates.models.agunet import AGUNet, DAUNet
 from vision_gates.models.attention_unet import AttentionUNet
 from vision_gates.models.convit import ConViT
 from vision_gates.models.hornet import HorNet
+from vision_gates.models.hornet_unet import HorNetUNet
 from vision_gates.models.vig import HierarchicalViG, ViG
 
-__all__ = ["AGUNet", "AttentionUNet", "ConViT", "DAUNet", "HierarchicalViG", "HorNet", "ViG"]
+__all__ = ["AGUNet", "AttentionUNet", "ConViT", "DAUNet", "HierarchicalViG", "HorNet", "HorNetUNet", "ViG"]

@@ -35,7 +35,7 @@ _PATCH_SIZE = 4
 
 
 class HorNetBlock(nn.Module):
-    """x = x + gamma1 * gnConv(norm(x)); x = x + gamma2 * MLP(norm(x)), on channels-last maps (B, H, W, C)."""
+    """x = x + gamma1 * gnConv(norm(x)); x = x + gamma2 * MLP(norm(x)), on channels-last maps (B, [D,] H, W, C)."""
 
     def __init__(
         self,
@@ -43,6 +43,7 @@ class HorNetBlock(nn.Module):
         *,
         order: int,
         kernel_size: int,
+        spatial_dims: int = 2,
         spatial_filter: Callable[[int], nn.Module] | None = None,
         layer_scale: float = 1e-6,
         drop_path: float = 0.0,
@@ -50,7 +51,12 @@ class HorNetBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=_EPS)
         self.gnconv = GnConv(
-            dim, order=order, kernel_size=kernel_size, scale=_GNCONV_SCALE, spatial_filter=spatial_filter
+            dim,
+            order=order,
+            kernel_size=kernel_size,
+            spatial_dims=spatial_dims,
+            scale=_GNCONV_SCALE,
+            spatial_filter=spatial_filter,
         )
         self.norm2 = nn.LayerNorm(dim, eps=_EPS)
         self.mlp = LeanMlp(dim, hidden_dim=4 * dim)
