@@ -13,13 +13,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vision_gates.datasets.base import DataConfig, DataSplits, Sample, Split, split_by_hash
+from vision_gates.datasets.base import DataSplits, ImageDataConfig, Sample, Split, split_by_hash
 from vision_gates.errors import ConfigError
 
 __all__ = ["Config", "load"]
 
 
-class Config(DataConfig):
+class Config(ImageDataConfig):
     """No options beyond the shared ones."""
 
     type: Literal["digits"] = "digits"

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from vision_gates.datasets.base import DataConfig, DataSplits, Sample, Split, resolve_root
+from vision_gates.datasets.base import DataSplits, ImageDataConfig, Sample, Split, resolve_root
 from vision_gates.errors import ConfigError, DataError
 
 __all__ = ["Config", "load"]
@@ -44,7 +44,7 @@ FLAGS = (
 )
 
 
-class Config(DataConfig):
+class Config(ImageDataConfig):
     """Where the npz file is: ``root`` is the file itself, or a folder that holds ``<flag>.npz``."""
 
     type: Literal["medmnist"] = "medmnist"

@@ -23,25 +23,29 @@ slices show the patient's left on the left (neurological view).
 
 import math
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from vision_gates.datasets.base import DataConfig, DataSplits, Sample, Split
+from vision_gates.datasets.base import DataSplits, ImageDataConfig, Sample, SliceView, Split
 from vision_gates.errors import ConfigError
+from vision_gates.volumes.geometry import Geometry
+from vision_gates.volumes.writing import write_labels, write_volume
 
-__all__ = ["Config", "load"]
+__all__ = ["Config", "load", "write_volumes"]
 
 Plane = Literal["axial", "coronal", "sagittal"]
 CLASS_NAMES = ("background", "csf", "grey_matter", "white_matter")
 _AXIS: dict[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
+_VIEW: dict[str, str] = {"sagittal": "IAR", "coronal": "IRA", "axial": "PRS"}  # rows, columns, slices: see _stacks
 _LAYOUT = ("train", "test", "train", "val", "train", "test", "train")
 _HELD_OUT_FRACTION = 0.12  # of the usable slices, for each of the three held-out blocks
 
 
-class Config(DataConfig):
+class Config(ImageDataConfig):
     """Options of the slices; see the module's text for what a gap is."""
 
     type: Literal["mni152"] = "mni152"
@@ -84,6 +88,21 @@ def _volumes(resolution: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     tissue = 1 + np.argmax(np.stack([1 - grey - white, grey, white]), axis=0)
     labels = np.where(brain > 0, tissue, 0).astype(np.uint8)
     return np.clip(t1, 0, 1).astype(np.float32), labels
+
+
+def write_volumes(folder: str | Path, *, resolution: Literal[1, 2] = 2) -> tuple[Path, Path]:
+    """Write the whole volume as mni152_t1.nii.gz, its labels as mni152_labels.nii.gz; returns both paths."""
+    from nilearn import datasets
+
+    t1, labels = _volumes(resolution)
+    affine = datasets.load_mni152_template(resolution=resolution).affine
+    geometry = Geometry((t1.shape[0], t1.shape[1], t1.shape[2]), affine)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = folder / "mni152_t1.nii.gz", folder / "mni152_labels.nii.gz"
+    write_volume(paths[0], t1, geometry)
+    write_labels(paths[1], labels, geometry, names=CLASS_NAMES)
+    return paths
 
 
 def _centred(volume_NHW: NDArray, centre: tuple[int, int], size: int) -> NDArray:
@@ -141,4 +160,6 @@ def load(config: Config) -> DataSplits:
             f"leave none to train on; lower one of them or set data.resolution=1"
         )
     train, val, test = (_Slices(t1_NHW, labels_NHW, indices, config) for indices in parts.values())
-    return DataSplits("segmentation", CLASS_NAMES, 2 * config.neighbours + 1, train, val, test)
+    mm = float(config.resolution)
+    view = SliceView(_VIEW[config.plane], (mm, mm, mm), 0.0, 1.0, "T1", config.neighbours)
+    return DataSplits("segmentation", CLASS_NAMES, 2 * config.neighbours + 1, train, val, test, view)

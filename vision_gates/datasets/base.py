@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,10 @@ __all__ = [
     "ChannelError",
     "DataConfig",
     "DataSplits",
+    "ImageDataConfig",
     "LabelError",
     "Sample",
+    "SliceView",
     "Split",
     "Task",
     "available",
@@ -49,19 +51,25 @@ class DataConfig(BaseModel):
     """Options that all data sets share; each data set's ``Config`` adds its own. An unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    augmented_by: ClassVar[Literal["albumentations", "monai"]] = "albumentations"
 
     type: str = Field(description="name of the data set, a folder in datasets/; selects the remaining keys")
-    image_size: tuple[int, int] = Field(description="(height, width) the network sees; one number means square")
     batch_size: int = Field(32, ge=1, description="images in a step, per process")
     workers: int = Field(0, ge=0, description="processes that load images; 0 loads in the main process")
+    allow_missing_classes: bool = Field(False, description="train although a class has no training or validation data")
+    ignore_index: int | None = Field(None, description="segmentation: label value that is not scored, e.g. 255")
+
+
+class ImageDataConfig(DataConfig):
+    """Options of data sets whose samples are two-dimensional images, each resized to what the network sees."""
+
+    image_size: tuple[int, int] = Field(description="(height, width) the network sees; one number means square")
     normalize: Literal["dataset", "image", "imagenet", "none"] = Field(
         "dataset", description="dataset: mean and standard deviation of the training images, per channel"
     )
     preflight: Literal["full", "fast"] = Field(
         "full", description="fast: decode 1,000 evenly spaced samples of a split and check that the others exist"
     )
-    allow_missing_classes: bool = Field(False, description="train although a class has no training or validation data")
-    ignore_index: int | None = Field(None, description="segmentation: label value that is not scored, e.g. 255")
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -110,8 +118,24 @@ class Split(ABC):
 
 
 @dataclass(frozen=True)
+class SliceView:
+    """How images were cut out of volumes, so that a network trained on them can label a volume.
+
+    orientation: where rows, columns and slices run to, such as "PRS". spacing: mm along x, y and z. low, high: the
+    volume's intensities that are 0 and 1 in an image. channel: what is shown. neighbours: further slices on each side.
+    """
+
+    orientation: str
+    spacing: tuple[float, float, float]
+    low: float
+    high: float
+    channel: str
+    neighbours: int = 0
+
+
+@dataclass(frozen=True)
 class DataSplits:
-    """A data set ready to be read. ``test`` is None where the data set has no test split."""
+    """A data set ready to be read; ``test`` may be None. ``slices``: how the images were cut out of volumes, if so."""
 
     task: Task
     class_names: tuple[str, ...]
@@ -119,6 +143,7 @@ class DataSplits:
     train: Split
     val: Split
     test: Split | None
+    slices: SliceView | None = None
 
     def items(self) -> list[tuple[str, Split]]:
         """(name, split) of the splits that exist, in the order train, val, test."""

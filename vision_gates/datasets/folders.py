@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from vision_gates.datasets.base import DataConfig, few, group_names
+from vision_gates.datasets.base import ImageDataConfig, few, group_names
 from vision_gates.datasets.images import IMAGE_SUFFIXES
 from vision_gates.errors import DataError
 
@@ -17,7 +17,7 @@ SPLITS = ("train", "val", "test")
 _LOOKALIKES = {"valid": "val", "validation": "val", "dev": "val", "eval": "val", "training": "train", "testing": "test"}
 
 
-class FolderConfig(DataConfig):
+class FolderConfig(ImageDataConfig):
     """Options that ``image_folder`` and ``image_mask_folder`` share."""
 
     root: str = Field(description="folder of the data set; ~ is expanded")

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from vision_gates.datasets.base import (
     ChannelError,
-    DataConfig,
     DataSplits,
+    ImageDataConfig,
     LabelError,
     Sample,
     Split,
@@ -92,7 +92,7 @@ def _moments(image_HWC: NDArray[Any]) -> tuple[int, NDArray[np.float64], NDArray
     return pixels_CN.shape[1], mean_C, np.array(squares)
 
 
-def _check_sample(sample: Sample, splits: DataSplits, config: DataConfig) -> None:
+def _check_sample(sample: Sample, splits: DataSplits, config: ImageDataConfig) -> None:
     """What every data set must hold to, whatever its own reader has checked."""
     image, target, num_classes = sample.image, sample.target, len(splits.class_names)
     if image.ndim != 3 or image.dtype not in (np.uint8, np.uint16, np.float32):
@@ -111,7 +111,7 @@ def _check_sample(sample: Sample, splits: DataSplits, config: DataConfig) -> Non
         check_labels(np.array([target], dtype=np.int64), num_classes=num_classes, name=f"class of {sample.name}")
 
 
-def _inspect(index: int, split: Split, splits: DataSplits, config: DataConfig, measure: bool) -> _Reading:
+def _inspect(index: int, split: Split, splits: DataSplits, config: ImageDataConfig, measure: bool) -> _Reading:
     """Reads one sample; its faults come back rather than being raised, so that all can be reported."""
     try:
         sample = split.read(index)
@@ -146,14 +146,14 @@ def _check_exists(index: int, split: Split) -> DataError | None:
     return None
 
 
-def _decoded(count: int, config: DataConfig) -> list[int]:
+def _decoded(count: int, config: ImageDataConfig) -> list[int]:
     """Indices of the samples to decode."""
     if config.preflight == "full" or count <= _FAST_SAMPLES:
         return list(range(count))
     return sorted(set(np.linspace(0, count - 1, _FAST_SAMPLES).round().astype(int).tolist()))
 
 
-def _label_remedy(histogram: Counter[int], num_classes: int, config: DataConfig) -> str:
+def _label_remedy(histogram: Counter[int], num_classes: int, config: ImageDataConfig) -> str:
     """The configuration line that makes these label values usable."""
     values = sorted(histogram)
     fields = type(config).model_fields
@@ -178,7 +178,7 @@ def _label_remedy(histogram: Counter[int], num_classes: int, config: DataConfig)
     return f"map the values to 0..{num_classes - 1} with data.label_map, or correct data.num_classes or data.classes"
 
 
-def _file_faults(faults: _Faults, splits: DataSplits, config: DataConfig) -> list[str]:
+def _file_faults(faults: _Faults, splits: DataSplits, config: ImageDataConfig) -> list[str]:
     """The faults of single files as sentences."""
     messages = []
     if faults.files:
@@ -212,7 +212,7 @@ def _file_faults(faults: _Faults, splits: DataSplits, config: DataConfig) -> lis
 
 
 def _missing_classes(
-    counts: dict[str, list[int]], splits: DataSplits, config: DataConfig, complete: bool
+    counts: dict[str, list[int]], splits: DataSplits, config: ImageDataConfig, complete: bool
 ) -> tuple[list[str], list[str]]:
     """(faults, warnings) about classes without data."""
     faults, warnings = [], []
@@ -250,7 +250,7 @@ def _mean_and_std(
 
 
 def preflight(
-    splits: DataSplits, config: DataConfig, *, progress: Callable[[int, int], None] | None = None
+    splits: DataSplits, config: ImageDataConfig, *, progress: Callable[[int, int], None] | None = None
 ) -> Statistics:
     """Checks a data set and measures it.
 
