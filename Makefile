@@ -20,8 +20,11 @@ $(INSTALLED): pyproject.toml setup.py
 
 install: $(INSTALLED)  ## create .venv and install everything
 
-demo: $(INSTALLED)  ## train a segmenter on real MRI slices (about 4 minutes on 2 cores) and write a report
+demo: $(INSTALLED)  ## train a segmenter on real MRI slices (about 4 minutes on 2 cores), label the whole volume, write reports
 	$(BIN)/python tools/train.py configs/segmentation/mni152_vig_h_atto.yaml trainer.run_dir=runs/demo trainer.resume=true
+	$(BIN)/python tools/mni152_volume.py runs/demo/volume
+	$(BIN)/python tools/segment.py runs/demo/volume/mni152_t1.nii.gz runs/demo/volume/mask.nii.gz --checkpoint runs/demo
+	$(BIN)/python tools/score.py runs/demo/volume/mask.nii.gz runs/demo/volume/mni152_labels.nii.gz
 
 test: $(INSTALLED) lint  ## check style and types, run every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n $(JOBS)

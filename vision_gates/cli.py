@@ -1,7 +1,8 @@
 """The command line: ``vision-gates COMMAND ...``, and the same functions behind the scripts in tools/.
 
-Each command takes the configuration or run and ``key=value`` overrides, nothing else. What a user can mend ends in one
-line on standard error and exit code 2; a run stopped by Ctrl-C or SIGTERM ends with 130.
+Each command takes the configuration or run and ``key=value`` overrides, nothing else (segment also ``--checkpoint``).
+What a user can mend ends in one line on standard error and exit code 2; a run stopped by Ctrl-C or SIGTERM ends with
+130.
 """
 
 import json
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from vision_gates.errors import ConfigError, UserError
 
-__all__ = ["bench", "evaluate", "gate_maps", "main", "models", "train"]
+__all__ = ["bench", "evaluate", "folds", "gate_maps", "main", "models", "score", "segment", "train"]
 
 
 def train(argv: Sequence[str]) -> int:
@@ -48,15 +49,53 @@ def evaluate(argv: Sequence[str]) -> int:
         from rich.console import Console
 
         from vision_gates.engine.evaluation import evaluate_run, evaluation_table
+        from vision_gates.engine.volume_scores import score_table
 
         changes = [text for text in overrides if not text.startswith("split=")]
         evaluation = evaluate_run(path, split=split[-1] if split else _held_out(path), overrides=changes)
         console = Console(highlight=False, soft_wrap=True)
         console.print(evaluation_table(evaluation))
+        if evaluation.scores is not None:
+            console.print(score_table(evaluation.scores.summary, evaluation.split))
         console.print(f"tables: {evaluation.path}\nreport: {evaluation.report}", markup=False)
         return 0
 
     return _guard(work, argv, evaluate)
+
+
+def folds(argv: Sequence[str]) -> int:
+    """usage: folds RUN [RUN ...] [out=folds.csv]
+
+    Put the folds of a cross-validation together: mean and standard deviation over folds of the scores that each RUN has
+    on its validation cases (RUN/evaluation/val_summary.json). The runs differ in data.fold:
+        for fold in 0 1 2 3 4; do
+            train configs/segmentation/auto_3d.yaml data.root=DATA data.fold=$fold trainer.run_dir=runs/fold$fold
+        done
+        folds runs/fold0 runs/fold1 runs/fold2 runs/fold3 runs/fold4 out=folds.csv
+    Beside the CSV file a JSON file of the same name is written.
+    """
+
+    def work() -> int:
+        _refuse_flags(argv)
+        runs = [text for text in argv if "=" not in text or os.path.exists(text)]
+        options = dict(text.split("=", 1) for text in argv if text not in runs)
+        if not runs:
+            raise ConfigError("a RUN is needed, found none")
+        if options.keys() - {"out"}:
+            raise ConfigError(f"{min(options.keys() - {'out'})}: no such option; known: out")
+        from rich.console import Console
+
+        from vision_gates.engine.volume_scores import summarise_runs
+
+        done = summarise_runs(runs, options.get("out", "folds.csv"))
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(done.summary.table())
+        for note in done.notes:
+            console.print(f"note: {note}", markup=False)
+        console.print(f"tables: {done.path}", markup=False)
+        return 0
+
+    return _guard(work, argv, folds)
 
 
 def gate_maps(argv: Sequence[str]) -> int:
@@ -91,6 +130,105 @@ def gate_maps(argv: Sequence[str]) -> int:
         return 0
 
     return _guard(work, argv, gate_maps)
+
+
+def segment(argv: Sequence[str]) -> int:
+    """usage: segment IN OUT --checkpoint RUN [key=value ...]
+
+    Label MRI or CT volumes with a trained run. IN is a volume (NIfTI, NRRD, MetaImage), a folder with a DICOM series,
+    or a folder of such cases, where CASE_0000.nii.gz, CASE_0001.nii.gz are the channels of one. OUT is the mask to
+    write (.nii.gz, .nii, .nrrd, .mha), for a folder of cases a folder. Masks lie on the grid of the input. Beside them:
+    volumes.csv with the millilitres of every label, report.html with pictures, segment.json. The same command again
+    goes on where it was stopped.
+        segment scan.nii.gz mask.nii.gz --checkpoint runs/auto_3d
+        segment dicom_folder/ mask.nrrd --checkpoint runs/auto_3d mirror=true
+        segment imagesTs/ results/ --checkpoint runs/auto_2d
+    Options:
+        mirror=false          true averages the mirror images, too: 4 to 8 times the time, a little better
+        overlap=              of neighbouring windows, 0 to 1; by default as in the run
+        batch_size=           windows at a time; lower it where memory runs out
+        precision=            no, bf16 or fp16; by default as in the run
+        device=auto           or cpu, cuda, cuda:1
+        format=.nii.gz        of masks in a folder
+        series=               SeriesInstanceUID, where a DICOM folder holds several
+        overwrite=false       true replaces results that are there
+        report=true           false writes no pictures
+    """
+
+    def work() -> int:
+        arguments, run = _checkpoint_of(argv)
+        _refuse_flags(arguments)
+        from pydantic import ValidationError
+
+        from vision_gates.engine.segmenting import SegmentOptions
+        from vision_gates.engine.segmenting import segment as run_segment
+
+        keys = tuple(f"{name}=" for name in SegmentOptions.model_fields)
+        texts = [text for text in arguments if text.startswith(keys)]
+        paths = [text for text in arguments if text not in texts]
+        if len(paths) != 2:
+            unknown = [text for text in paths if "=" in text and not os.path.exists(text)]
+            what = f"; unknown option {unknown[0]!r}, known: {', '.join(keys)}" if unknown else ""
+            raise ConfigError(f"IN and OUT are needed, found {' '.join(paths) or 'neither'}{what}")
+        try:
+            values = {key: value or None for key, _, value in (text.partition("=") for text in texts)}
+            options = SegmentOptions.model_validate(values)
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            raise ConfigError(f"{fault['loc'][0]}={fault['input']}: {fault['msg']}") from error
+        run_segment(paths[0], paths[1], run, options)
+        return 0
+
+    return _guard(work, argv, segment)
+
+
+def score(argv: Sequence[str]) -> int:
+    """usage: score PREDICTION TRUTH [names=background,NAME,...] [tolerance=2.0] [out=FOLDER]
+
+    Compare masks with the truth: two volume files, or two folders with files of the same names. Dice, HD95, normalised
+    surface Dice (within tolerance, mm), volume error and lesion-wise F1 of every label, with 95 % intervals over cases;
+    misses count. Labels are named as segment named them, or by names=. out= also writes cases.csv, summary.csv and
+    summary.json:
+        score results/ labelsTs/ out=scores/
+    """
+
+    def work() -> int:
+        options = dict(text.split("=", 1) for text in argv if text.startswith(("names=", "tolerance=", "out=")))
+        paths = [text for text in argv if not text.startswith(("names=", "tolerance=", "out="))]
+        _refuse_flags(argv)
+        if len(paths) != 2:
+            raise ConfigError(f"PREDICTION and TRUTH are needed, found {' '.join(paths) or 'neither'}")
+        try:
+            tolerance = float(options.get("tolerance", 2.0))
+        except ValueError as error:
+            raise ConfigError(f"tolerance={options['tolerance']}: a number of millimetres is needed") from error
+        from rich.console import Console
+
+        from vision_gates.engine.score_files import score_files
+
+        names = [name.strip() for name in options.get("names", "").split(",") if name.strip()]
+        summary = score_files(paths[0], paths[1], names=names, tolerance_mm=tolerance, out=options.get("out"))
+        Console(highlight=False).print(summary.table())
+        return 0
+
+    return _guard(work, argv, score)
+
+
+def _checkpoint_of(argv: Sequence[str]) -> tuple[list[str], str]:
+    """The arguments without --checkpoint RUN (or --checkpoint=RUN, or checkpoint=RUN), and the RUN."""
+    rest, run = [], None
+    texts = iter(argv)
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if name in ("--checkpoint", "checkpoint") and equals:
+            run = value
+        elif text == "--checkpoint":
+            run = next(texts, None)
+        else:
+            rest.append(text)
+    if not run:
+        raise ConfigError("--checkpoint RUN is needed: the run directory of a network trained on volumes")
+    return rest, run
 
 
 def models(argv: Sequence[str]) -> int:
@@ -159,7 +297,7 @@ def bench(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """usage: vision-gates train|evaluate|gate-maps|models|bench ...
+    """usage: vision-gates train|evaluate|folds|segment|gate-maps|models|bench ...
 
     vision-gates COMMAND --help says more about a command.
     """
@@ -169,6 +307,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": train,
         "evaluate": evaluate,
+        "folds": folds,
+        "segment": segment,
+        "score": score,
         "gate-maps": gate_maps,
         "models": models,
         "bench": bench,

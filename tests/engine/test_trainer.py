@@ -288,7 +288,7 @@ def test_start_from_a_checkpoint(make_config, quiet, monkeypatch):
     ("overrides", "message"),
     [
         (["model.options={nonsense: 3}"], "model: test_convnext cannot be built with options .*nonsense"),
-        (["model.name=deit_tiny_patch16_224"], "fails on images of data.image_size=.32, 32. with 3 channels: "),
+        (["model.name=deit_tiny_patch16_224"], "fails on images of 32 x 32 with 3 channels: "),
         (["task.class_weights=[1, 2, 3]"], "task.class_weights: 3 numbers for 2 classes"),
         (["task={type: segmentation}", "model.name=test_convnext"], "task.type=segmentation: .* classification data"),
         (["data.root=/nowhere"], "/nowhere"),

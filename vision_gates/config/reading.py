@@ -16,6 +16,7 @@ from vision_gates.config.schema import RunConfig
 from vision_gates.errors import ConfigError
 from vision_gates.metrics import DEFAULT_MONITOR
 from vision_gates.networks import available_networks
+from vision_gates.volumes.augmentation import build_volume_pipeline
 
 __all__ = ["dump_config", "find_config", "load_config", "parse_config", "save_config"]
 
@@ -153,9 +154,10 @@ def parse_config(raw: Any, overrides: Sequence[str] = (), *, source: str = "conf
     config = _resolve(RunConfig(**sections), source)
     for key, problem in cross_checks(config):
         raise origin.error(key, problem)
+    build = build_volume_pipeline if config.data.augmented_by == "monai" else build_pipeline
     for part in ("train", "eval"):
         try:
-            build_pipeline(getattr(config.augment, part), key=f"augment.{part}")
+            build(getattr(config.augment, part), key=f"augment.{part}")
         except ConfigError as error:
             key, _, problem = str(error).partition(": ")
             raise origin.error(key, problem) from error

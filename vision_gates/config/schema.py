@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationInfo, field_validator
 
 from vision_gates.datasets.base import DataConfig
 
@@ -36,11 +36,31 @@ class ClassificationTask(Section):
 
 
 class SegmentationTask(Section):
-    """One label a pixel; soft Dice plus cross-entropy."""
+    """One label a pixel; an overlap loss, soft Dice unless told otherwise, plus cross-entropy."""
 
     type: Literal["segmentation"] = Field(description="Task; selects the keys of this section.")
     dice_weight: float = Field(
-        default=0.5, ge=0, le=1, description="Loss = dice_weight * soft Dice loss + (1 - dice_weight) * cross-entropy."
+        default=0.5, ge=0, le=1, description="Loss = dice_weight * overlap loss + (1 - dice_weight) * cross-entropy."
+    )
+    overlap: Literal["dice", "tversky", "region_tversky"] = Field(
+        default="dice",
+        description="Overlap loss: dice (soft Dice), tversky (false positives and negatives weighed), region_tversky "
+        "(weighed by each region's own errors).",
+    )
+    tversky_alpha: float = Field(default=0.3, ge=0, description="Weight of false positives, for overlap: tversky.")
+    tversky_beta: float = Field(
+        default=0.7,
+        ge=0,
+        description="Weight of false negatives, for overlap: tversky; above tversky_alpha, recall comes first.",
+    )
+    region_grid: int | tuple[int, ...] = Field(
+        default=8, description="Regions along every axis, or one number an axis, for overlap: region_tversky."
+    )
+    focal_gamma: float = Field(
+        default=0.0,
+        ge=0,
+        description="Exponent of the focal cross-entropy, which lets pixels that are right already count for less; "
+        "0: plain cross-entropy.",
     )
     class_weights: ClassWeights = Field(
         default=None,
@@ -51,6 +71,21 @@ class SegmentationTask(Section):
         description="Share of each output in the loss, finest first, for networks that give several in training; "
         "null: 1, 1/2, 1/4, ...",
     )
+
+    @field_validator("tversky_alpha", "tversky_beta", "region_grid")
+    @classmethod
+    def _of_its_overlap(cls, value: Any, info: ValidationInfo) -> Any:
+        """A key without effect is a mistake, unless it says no more than the default, as in the copy a run keeps."""
+        name = str(info.field_name)
+        overlap, its_own = info.data.get("overlap"), "region_tversky" if name == "region_grid" else "tversky"
+        if overlap is not None and overlap != its_own:
+            if value != cls.model_fields[name].default:
+                raise ValueError(f"is for overlap: {its_own}, not for overlap: {overlap}; remove it")
+        elif name == "region_grid" and min((value,) if isinstance(value, int) else value, default=0) < 1:
+            raise ValueError("numbers of at least 1 are needed")
+        elif name == "tversky_beta" and value == info.data.get("tversky_alpha") == 0:
+            raise ValueError("tversky_alpha and tversky_beta cannot both be 0")
+        return value
 
 
 class ModelConfig(Section):
@@ -94,17 +129,25 @@ class OptimConfig(Section):
 class ScheduleConfig(Section):
     """Length of training and learning rate schedule: linear warm-up, then one cosine, changed at every update."""
 
-    epochs: int = Field(default=20, ge=1, description="Passes over the training images.")
+    epochs: int = Field(default=20, ge=1, description="Passes over the training images; with minutes, at most.")
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Length of training by the clock, validation included: the schedule follows it, so that the result "
+        "depends on the machine's speed; null: epochs decide.",
+    )
     warmup_epochs: float = Field(default=0.0, ge=0, description="Epochs of linear warm-up; part of epochs.")
     min_lr: float = Field(default=1e-6, ge=0, description="Learning rate at the end.")
     warmup_lr: float = Field(default=1e-6, ge=0, description="Learning rate of the first update of the warm-up.")
 
 
 class AugmentConfig(Section):
-    """Augmentation: albumentations pipelines, and mixup/cutmix on batches of classification."""
+    """Augmentation: pipelines of albumentations, of volumes MONAI; mixup/cutmix on batches of classification."""
 
     train: tuple[dict[str, dict[str, Any] | None], ...] = Field(
-        default=(), description="albumentations transforms of training images, each {Name: {argument: value}}."
+        default=(),
+        description="Transforms of training samples, each {Name: {argument: value}}: albumentations; for volumes "
+        "MONAI's random ones, without keys and the final d (RandAffine).",
     )
     eval: tuple[dict[str, dict[str, Any] | None], ...] = Field(
         default=(), description="albumentations transforms of validation and test images."
@@ -112,6 +155,12 @@ class AugmentConfig(Section):
     mixup: float = Field(default=0.0, ge=0, description="Mixup alpha; 0: off.")
     cutmix: float = Field(default=0.0, ge=0, description="CutMix alpha; 0: off.")
     mixup_prob: float = Field(default=1.0, ge=0, le=1, description="Probability that a batch is mixed.")
+    modality_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Volumes of several channels: probability that a channel is left out."
+    )
+    modality_dropout_epochs: int = Field(
+        default=0, ge=0, description="Epochs over which that probability grows from 0."
+    )
 
 
 class TrainerConfig(Section):
@@ -140,6 +189,9 @@ class TrainerConfig(Section):
     deterministic: bool = Field(default=True, description="Deterministic algorithms on the GPU (slower).")
     log_every: int = Field(default=10, ge=1, description="Updates between log lines.")
     compile: bool = Field(default=False, description="torch.compile the network.")
+    channels_last: bool = Field(
+        default=False, description="Lay out images and weights with channels last: faster convolutions on a GPU."
+    )
 
 
 class RunConfig(Section):

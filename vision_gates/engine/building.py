@@ -6,7 +6,7 @@ The trainer and the evaluation build everything here, so that both see the same 
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,31 @@ from torch import Tensor, nn
 import vision_gates  # noqa: F401  (registers the vg_* models)
 from vision_gates.augmentation import build_pipeline
 from vision_gates.config import RunConfig, load_config
-from vision_gates.datasets.base import DataSplits, Split
+from vision_gates.datasets.base import DataSplits, ImageDataConfig, Split
 from vision_gates.datasets.preflight import Statistics
 from vision_gates.engine.checkpoint import find_weights
 from vision_gates.engine.data import EvalBatches, ImageDataset, Loader, TrainBatches
 from vision_gates.engine.run_directory import RunDirectory
+from vision_gates.engine.volume_data import VolumeInfo, VolumePredictor
+from vision_gates.engine.volume_preparation import build_volume_dataset
 from vision_gates.errors import ConfigError, UserError
 from vision_gates.losses import ClassificationLoss, DeepSupervisionLoss, SegmentationLoss
 from vision_gates.metrics import Metrics, create_metrics
 from vision_gates.networks import available_networks, create_network, network_options
+from vision_gates.region_losses import RegionTversky, SoftDice, Tversky
 from vision_gates.segmenter import create_segmenter
+from vision_gates.volumes.preprocessing import ChannelPlan, Preprocessing
 
-__all__ = ["RunInfo", "build_info", "build_loader", "build_loss", "build_metrics", "build_model", "load_run"]
+__all__ = [
+    "RunInfo",
+    "build_info",
+    "build_loader",
+    "build_loss",
+    "build_metrics",
+    "build_model",
+    "labeller",
+    "load_run",
+]
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,8 @@ class RunInfo:
         class_weights: One a class, or None.
         counts: Split to images (classification) or pixels (segmentation) per class.
         images: Split to number of images.
+        volumes: How volumes are looked at; None: the run is on images.
+        slices: How volumes are looked at by a run on images that are slices of one, where its data set says so.
     """
 
     class_names: tuple[str, ...]
@@ -53,20 +68,34 @@ class RunInfo:
     class_weights: tuple[float, ...] | None
     counts: dict[str, list[int]]
     images: dict[str, int]
+    volumes: VolumeInfo | None = None
+    slices: VolumeInfo | None = None
+
+    @property
+    def segments(self) -> VolumeInfo | None:
+        """How a whole volume is labelled; None where the run cannot."""
+        return self.volumes or self.slices
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        views = {"volumes": self.volumes, "slices": self.slices}
+        plain = {name: None if view is None else view.model_dump(mode="json") for name, view in views.items()}
+        return {field.name: getattr(self, field.name) for field in fields(self)} | plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunInfo":
         """The inverse of ``to_dict``, after a trip through JSON."""
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        for name in ("volumes", "slices"):
+            if plain.get(name) is not None:
+                plain[name] = VolumeInfo.model_validate(plain[name])
         return cls(**plain)
 
 
-def build_info(config: RunConfig, splits: DataSplits, statistics: Statistics) -> RunInfo:
-    """Normalisation and class weights that follow from the training images.
+def build_info(
+    config: RunConfig, splits: DataSplits, statistics: Statistics, volumes: VolumeInfo | None = None
+) -> RunInfo:
+    """Normalisation and class weights that follow from the training images; of volumes ``volumes`` normalises.
 
     Raises:
         ConfigError: The data are of another task, or a setting does not fit their channels or classes.
@@ -75,7 +104,9 @@ def build_info(config: RunConfig, splits: DataSplits, statistics: Statistics) ->
         raise ConfigError(f"task.type={config.task.type}: data.type={config.data.type} holds {splits.task} data")
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
-    if config.data.normalize == "dataset":
+    if not isinstance(config.data, ImageDataConfig):
+        mean = std = None
+    elif config.data.normalize == "dataset":
         mean, std = tuple(map(float, statistics.mean)), tuple(map(float, statistics.std))
     elif config.data.normalize == "imagenet":
         if splits.in_chans != 3:
@@ -94,12 +125,36 @@ def build_info(config: RunConfig, splits: DataSplits, statistics: Statistics) ->
         raise ConfigError(f"task.class_weights: {len(weights)} numbers for {classes} classes; one a class is needed")
     return RunInfo(
         class_names=tuple(splits.class_names),
-        in_chans=splits.in_chans,
+        in_chans=splits.in_chans if volumes is None else volumes.in_chans,
         mean=mean,
         std=std,
         class_weights=weights,
         counts={split: [int(c) for c in counts] for split, counts in statistics.counts.items()},
         images={split: int(n) for split, n in statistics.images.items()},
+        volumes=volumes,
+        slices=_slices(config, splits, mean, std),
+    )
+
+
+def _slices(
+    config: RunConfig, splits: DataSplits, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> VolumeInfo | None:
+    """How a run on slices labels their volume, where nothing is done to its images that a volume would not know."""
+    view = splits.slices
+    if view is None or mean is None or std is None or config.augment.eval:
+        return None
+    assert isinstance(config.data, ImageDataConfig)
+    middle, span = len(mean) // 2, view.high - view.low
+    channel = ChannelPlan(
+        kind="ct", low=view.low, high=view.high, mean=view.low + span * mean[middle], std=span * std[middle]
+    )
+    return VolumeInfo(
+        preprocessing=Preprocessing(spacing=view.spacing, channels=(channel,)),
+        spatial_dims=2,
+        patch_size=config.data.image_size,
+        neighbours=view.neighbours,
+        channel_names=(view.channel,),
+        view=view.orientation,
     )
 
 
@@ -125,8 +180,11 @@ def build_model(config: RunConfig, info: RunInfo | DataSplits) -> nn.Module:
                 **model.options,
             )
         elif model.name in available_networks():
-            own_keys = {"pretrained": model.pretrained, "drop_path_rate": model.drop_path_rate}
-            taken = {key: own_keys[key] for key in network_options(model.name) if key in own_keys}
+            own_keys: dict[str, Any] = {"pretrained": model.pretrained, "drop_path_rate": model.drop_path_rate}
+            if isinstance(info, RunInfo) and info.volumes is not None:
+                own_keys["spatial_dims"] = info.volumes.spatial_dims
+            known = network_options(model.name)
+            taken = {key: own_keys[key] for key in known if key in own_keys and key not in model.options}
             network = create_network(
                 model.name, in_channels=info.in_chans, num_classes=classes, **taken, **model.options
             )
@@ -197,13 +255,21 @@ def build_loss(config: RunConfig, info: RunInfo) -> nn.Module:
     weights = None if info.class_weights is None else torch.tensor(info.class_weights)
     if config.task.type == "classification":
         return ClassificationLoss(label_smoothing=config.task.label_smoothing, class_weights=weights)
+    task = config.task
+    overlap: nn.Module = SoftDice()
+    if task.overlap == "tversky":
+        overlap = Tversky(alpha=task.tversky_alpha, beta=task.tversky_beta)
+    elif task.overlap == "region_tversky":
+        overlap = RegionTversky(grid=task.region_grid)
     loss = SegmentationLoss(
         num_classes=len(info.class_names),
-        dice_weight=config.task.dice_weight,
+        dice_weight=task.dice_weight,
         class_weights=weights,
         ignore_index=config.data.ignore_index,
+        overlap=overlap,
+        focal_gamma=task.focal_gamma,
     )
-    return DeepSupervisionLoss(loss, weights=config.task.deep_supervision_weights)
+    return DeepSupervisionLoss(loss, weights=task.deep_supervision_weights)
 
 
 def build_metrics(config: RunConfig, info: RunInfo) -> Metrics:
@@ -233,26 +299,41 @@ def build_loader(
         pin_memory: For copies to a GPU.
         check: Called before each batch; may raise to stop.
     """
-    dataset = ImageDataset(
-        split,
-        pipeline=build_pipeline(
-            config.augment.train if train else config.augment.eval, key=f"augment.{'train' if train else 'eval'}"
-        ),
-        image_size=config.data.image_size,
-        mean=info.mean,
-        std=info.std,
-        seed=config.seed,
-        purpose="augment" if train else "evaluate",
-    )
+    dataset: Any
+    if info.volumes is not None:
+        dataset = build_volume_dataset(config, split, info.volumes, train=train)
+    else:
+        assert isinstance(config.data, ImageDataConfig)
+        dataset = ImageDataset(
+            split,
+            pipeline=build_pipeline(
+                config.augment.train if train else config.augment.eval, key=f"augment.{'train' if train else 'eval'}"
+            ),
+            image_size=config.data.image_size,
+            mean=info.mean,
+            std=info.std,
+            seed=config.seed,
+            purpose="augment" if train else "evaluate",
+        )
     batches: TrainBatches | EvalBatches
     if train:
         mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
         batches = TrainBatches(
-            len(split), batch_size=config.data.batch_size, seed=config.seed, even=mixes, rank=rank, world=world
+            len(dataset), batch_size=config.data.batch_size, seed=config.seed, even=mixes, rank=rank, world=world
         )
     else:
-        batches = EvalBatches(len(split), batch_size=config.data.batch_size, rank=rank, world=world)
+        size = config.data.batch_size if info.volumes is None else 1  # a whole volume
+        batches = EvalBatches(len(split), batch_size=size, rank=rank, world=world)
     return Loader(dataset, batches, workers=config.data.workers, pin_memory=pin_memory, check=check)
+
+
+def labeller(config: RunConfig, info: RunInfo, network: nn.Module, *, device: torch.device) -> nn.Module:
+    """What is evaluated: the network itself, or around it what labels whole volumes."""
+    if info.volumes is None:
+        return network
+    return VolumePredictor(
+        network, info.volumes, num_classes=len(info.class_names), batch_size=config.data.batch_size, device=device
+    )
 
 
 def load_run(run_dir: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, RunInfo]:

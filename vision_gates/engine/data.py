@@ -215,7 +215,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: Any,
         batches: TrainBatches | EvalBatches,
         *,
         workers: int = 0,

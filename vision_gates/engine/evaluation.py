@@ -23,16 +23,19 @@ from torch import nn
 
 from vision_gates.config import RunConfig
 from vision_gates.datasets.base import DataSplits, Split, few, load_splits
-from vision_gates.engine.building import RunInfo, build_loader, build_metrics, build_model, load_run
+from vision_gates.engine.building import RunInfo, build_loader, build_metrics, build_model, labeller, load_run
 from vision_gates.engine.checkpoint import find_weights
 from vision_gates.engine.device import build_accelerator, deterministic_algorithms
 from vision_gates.engine.gate_views import GateViews, observe_gates, pack_gate_views
 from vision_gates.engine.overlays import OverlayCollector, pack_overlays
 from vision_gates.engine.report import CLASS_COLUMNS, METRIC_LABELS, write_report
 from vision_gates.engine.run_directory import RunDirectory, atomic_write_bytes, atomic_write_text, to_json
+from vision_gates.engine.volume_data import VolumePredictor
+from vision_gates.engine.volume_scores import CaseScorer, Scores, build_scorer
 from vision_gates.errors import DataError, UserError
 from vision_gates.gate_maps import gates_of
 from vision_gates.metrics import Metrics, Result
+from vision_gates.volumes.scoring import write_scores
 
 __all__ = [
     "NUM_OVERLAYS",
@@ -67,6 +70,7 @@ class Evaluation:
         path: The written JSON file.
         report: The written report.
         gates: What the gates did to a few of the overlays; None for a network without gates.
+        scores: Of whole cases on the grids of their files; None where nobody asked for them.
     """
 
     result: Result
@@ -80,6 +84,7 @@ class Evaluation:
     path: Path | None = None
     report: Path | None = None
     gates: GateViews | None = None
+    scores: Scores | None = None
 
 
 def evaluate_model(
@@ -93,6 +98,7 @@ def evaluate_model(
     collect: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    scorer: CaseScorer | None = None,
 ) -> Evaluation:
     """Evaluate a network on every batch of a loader.
 
@@ -111,12 +117,14 @@ def evaluate_model(
         collect: Number of samples kept as overlays: half of them evenly spaced over the split, half the worst
             (segmentation: lowest Dice; classification: most confident mistakes). The choice is deterministic.
         mean, std: Per-channel normalisation of the images, undone for display.
+        scorer: Scores the labels of whole cases, too.
 
     Raises:
         ValueError: The loader is empty.
         UserError: The network gives NaN; DataError: a label that is no class, a sample that cannot be read.
     """
     started = time.perf_counter()
+    whole = model if isinstance(model, VolumePredictor) else None
     keep = None
     if collect:
         length = len(loader.dataset)  # type: ignore[attr-defined]
@@ -128,7 +136,9 @@ def evaluate_model(
             mean=mean,
             std=std,
             ignore_index=ignore,
-            inputs=bool(gates_of(model)),
+            classes=len(metrics.class_names),
+            # Gates of a network for volumes have maps that are volumes; of a slice there are pictures.
+            inputs=bool(gates_of(model)) and (whole is None or whole.info.spatial_dims == 2),
         )
     total, count = 0.0, 0
     was_training = model.training
@@ -138,7 +148,8 @@ def evaluate_model(
         # training, and autograd refuses inference tensors.
         with torch.no_grad():
             for batch in loader:
-                image = batch["image"].to(device, non_blocking=True)
+                # A labeller of volumes takes windows of them to the device.
+                image = batch["image"] if whole is not None else batch["image"].to(device, non_blocking=True)
                 target = batch["target"].to(device, non_blocking=True)
                 with autocast():
                     output = model(image)
@@ -147,8 +158,11 @@ def evaluate_model(
                     total += float(value) * len(target)
                 count += len(target)
                 badness = metrics.update(output, target, batch["name"], indices=batch["index"])
+                if scorer is not None:
+                    scorer.add(batch, output)
                 if keep is not None:
-                    keep.add(batch, output, badness)
+                    seen, labels = (batch, output) if whole is None else whole.displayed(dict(batch), output)
+                    keep.add(seen, labels, badness)
     finally:
         model.train(was_training)
     overlays = keep.finish() if keep is not None else []
@@ -157,7 +171,8 @@ def evaluate_model(
         raise ValueError("no image has been evaluated: the loader is empty")
     gates = None
     if overlays and "input" in overlays[0] and _is_first_process():
-        gates = observe_gates(model, overlays, task=metrics.task, device=device, autocast=autocast)
+        network = model if whole is None else whole.network
+        gates = observe_gates(network, overlays, task=metrics.task, device=device, autocast=autocast)
     overlays = [{key: value for key, value in entry.items() if key != "input"} for entry in overlays]
     return Evaluation(
         result=metrics.compute(),
@@ -168,6 +183,7 @@ def evaluate_model(
         task=metrics.task,
         class_names=metrics.class_names,
         gates=gates,
+        scores=None if scorer is None else scorer.finish(),
     )
 
 
@@ -206,7 +222,8 @@ def _csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write_evaluation(run_dir: str | Path, split: str, evaluation: Evaluation, *, checkpoint: str = "best") -> Path:
-    """Write ``evaluation/<split>.json`` and ``.csv`` and, where there are any, overlays and gate maps as ``.npz``.
+    """Write ``evaluation/<split>.json`` and ``.csv`` and, where there are any, overlays and gate maps as ``.npz`` and
+    the scores of whole cases (``<split>_cases.csv``, ``<split>_summary.csv`` and ``.json``).
 
     Each file is written atomically, the JSON last, so that a reader who finds it finds the others too.
 
@@ -233,6 +250,8 @@ def write_evaluation(run_dir: str | Path, split: str, evaluation: Evaluation, *,
             atomic_write_bytes(file, data)
         else:
             file.unlink(missing_ok=True)  # of an earlier evaluation, whose samples these are not
+    if evaluation.scores is not None:
+        write_scores(folder, evaluation.scores.cases, evaluation.scores.summary, prefix=f"{split}_")
     content = _content(evaluation, split) | {"run": run_dir.resolve().name, "checkpoint": checkpoint}
     path = folder / f"{split}.json"
     atomic_write_text(path, to_json(content, indent=1) + "\n")
@@ -288,16 +307,18 @@ def evaluate_run(run_dir: str | Path, *, split: str = "test", overrides: Sequenc
     model, weights = load_best(run, config, info)
     accelerator = build_accelerator(config)
     device = accelerator.device
+    loader = build_loader(config, samples, info, train=False, pin_memory=device.type == "cuda")
     with deterministic_algorithms(config.trainer.deterministic):
         evaluation = evaluate_model(
-            model.to(device),
-            build_loader(config, samples, info, train=False, pin_memory=device.type == "cuda"),
+            labeller(config, info, model.to(device), device=device),
+            loader,
             build_metrics(config, info),
             device=device,
             autocast=accelerator.autocast,
             collect=NUM_OVERLAYS,
             mean=info.mean,
             std=info.std,
+            scorer=build_scorer(config, info, loader, splits),
         )
     path = write_evaluation(run.path, split, evaluation, checkpoint=weights.parent.name)
     return replace(evaluation, split=split, path=path, report=write_report(run.path))
@@ -348,8 +369,10 @@ def _checked_split(splits: DataSplits, split: str, config: RunConfig, info: RunI
             f"{source}: classes {few(splits.class_names)}, the run was trained on {few(info.class_names)}; "
             "evaluate on data with the same classes"
         )
-    if splits.in_chans != info.in_chans:
-        raise DataError(f"{source}: images of {splits.in_chans} channels, the run was trained on {info.in_chans}")
+    # Of slices with neighbours the network sees more channels than an image has.
+    trained = info.in_chans if info.volumes is None else len(info.volumes.channel_names)
+    if splits.in_chans != trained:
+        raise DataError(f"{source}: images of {splits.in_chans} channels, the run was trained on {trained}")
     return samples
 
 

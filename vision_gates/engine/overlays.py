@@ -36,6 +36,7 @@ class OverlayCollector:
         task: "classification" or "segmentation".
         mean, std: Per-channel normalisation to undo; None: the images are only stretched.
         ignore_index: Label whose pixels are not scored.
+        classes: How many there are.
         inputs: Keep each sample's input of the network, too, as ``input``.
     """
 
@@ -48,6 +49,7 @@ class OverlayCollector:
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
         ignore_index: int | None,
+        classes: int,
         inputs: bool = False,
     ) -> None:
         even = math.ceil(number / 2)
@@ -55,13 +57,13 @@ class OverlayCollector:
         # Of a small segmentation split not every image is "among the worst"; a mistake of a classifier always is one.
         self._num_worst = number - even if task == "classification" else min(number - even, max(length // 4, 1))
         self._mean, self._std = mean, std
-        self._inputs = inputs
+        self._inputs, self._classes = inputs, classes
         self._ignore = -1 if ignore_index is None else ignore_index
         self._kept: list[dict[str, Any]] = []
         self._worst: list[tuple[float, int, dict[str, Any]]] = []
 
     def add(self, batch: Mapping[str, Any], output: Tensor, badness: Sequence[float | None]) -> None:
-        """Look at a batch, its logits and what `Metrics.update` returned for it."""
+        """Look at a batch, its logits (or labels) and what `Metrics.update` returned for it."""
         for i, bad in enumerate(badness):
             index = int(batch["index"][i])
             rank = (-1.0 if bad is None else bad, -index)  # of equally bad samples the first in the split
@@ -91,9 +93,9 @@ class OverlayCollector:
         if self._inputs:
             entry["input"] = batch["image"][i].cpu().clone()  # a view would keep the whole batch
         if target.ndim:
-            prediction_HW = output[i].argmax(dim=0).cpu()
+            prediction_HW = (output[i].argmax(dim=0) if output.is_floating_point() else output[i]).cpu()
             masks = {"target": target[::stride, ::stride], "prediction": prediction_HW[::stride, ::stride]}
-            scored = (masks["target"] >= 0) & (masks["target"] < output.shape[1]) & (masks["target"] != self._ignore)
+            scored = (masks["target"] >= 0) & (masks["target"] < self._classes) & (masks["target"] != self._ignore)
             masks["target"] = torch.where(scored, masks["target"], UNSCORED)
             arrays = {key: mask.numpy().astype(np.uint16) for key, mask in masks.items()}
             return entry | arrays | {"score": None if bad is None else 1.0 - bad}

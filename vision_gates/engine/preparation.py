@@ -12,13 +12,17 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from vision_gates.config import RunConfig, load_config
-from vision_gates.datasets.base import DataSplits, load_splits
+from vision_gates.datasets.base import DataSplits, ImageDataConfig, load_splits
 from vision_gates.datasets.preflight import Statistics, preflight
+from vision_gates.datasets.volumes import Config as VolumeConfig
+from vision_gates.datasets.volumes import VolumeSplits
 from vision_gates.engine.building import RunInfo, build_info, build_loader, build_loss, build_model
 from vision_gates.engine.checkpoint import MANIFEST
 from vision_gates.engine.data import Loader, derive_seed
 from vision_gates.engine.progress import Display
 from vision_gates.engine.run_directory import RunDirectory
+from vision_gates.engine.volume_data import VolumeInfo
+from vision_gates.engine.volume_preparation import check_volumes, plan_volumes, prepared_cases
 from vision_gates.errors import ConfigError, UserError
 
 __all__ = ["Parts", "check_run_directory", "is_finished", "prepare"]
@@ -99,8 +103,12 @@ def prepare(config: RunConfig, accelerator: Accelerator, display: Display) -> Pa
         UserError: Whatever is wrong with the configuration or the data, in one line.
     """
     splits = load_splits(config.data)
-    statistics = _preflight(splits, config, accelerator, display)
-    info = build_info(config, splits, statistics)
+    volumes = None
+    if isinstance(splits, VolumeSplits):
+        statistics, volumes = _prepare_volumes(splits, config, accelerator, display)
+    else:
+        statistics = _preflight(splits, config, accelerator, display)
+    info = build_info(config, splits, statistics, volumes)
     share = dict(rank=accelerator.process_index, world=accelerator.num_processes)
     pin = accelerator.device.type == "cuda"
     train = build_loader(config, splits.train, info, train=True, pin_memory=pin, **share)
@@ -123,6 +131,7 @@ def _preflight(splits: DataSplits, config: RunConfig, accelerator: Accelerator, 
     if accelerator.is_main_process:
         try:
             with display.counting("checking images") as progress:
+                assert isinstance(config.data, ImageDataConfig)
                 outcome = [preflight(splits, config.data, progress=progress)]
         except UserError as error:
             outcome = [error]
@@ -132,6 +141,45 @@ def _preflight(splits: DataSplits, config: RunConfig, accelerator: Accelerator, 
         raise outcome[0]
     statistics: Statistics = outcome[0]
     return statistics
+
+
+def _prepare_volumes(
+    splits: VolumeSplits, config: RunConfig, accelerator: Accelerator, display: Display
+) -> tuple[Statistics, VolumeInfo]:
+    """The preflight of volumes, the plan, and every case prepared, by the main process for all of them."""
+    assert isinstance(config.data, VolumeConfig)
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            with display.counting("checking volumes") as progress:
+                statistics, report = check_volumes(splits, config.data, progress=progress)
+            display.show(report.table())
+            with display.counting("measuring volumes") as progress:
+                info = plan_volumes(splits, config.data, seed=config.seed, progress=progress)
+            for name, split in splits.items():
+                with display.counting(f"preparing {name} volumes") as progress:
+                    prepared_cases(split, config.data, info, progress=progress)
+            outcome = [(statistics, info)]
+        except UserError as error:
+            outcome = [error]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    result: tuple[Statistics, VolumeInfo] = outcome[0]
+    return result
+
+
+def describe_input(config: RunConfig, info: RunInfo) -> str:
+    """What the network sees: ``96 x 96``, ``64 x 64 x 32 voxels of 1 x 1 x 2 mm``."""
+    if info.volumes is None:
+        assert isinstance(config.data, ImageDataConfig)
+        return " x ".join(map(str, config.data.image_size))
+    size = " x ".join(map(str, info.volumes.patch_size))
+    spacing = info.volumes.preprocessing.spacing
+    voxel = "" if spacing is None else f" of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm"
+    what = "voxels" if info.volumes.spatial_dims == 3 else f"pixels of slices across {'xyz'[info.volumes.slice_axis]},"
+    return f"{size} {what}{voxel}"
 
 
 def _try_model(config: RunConfig, info: RunInfo, model: nn.Module, train: Loader, accelerator: Accelerator) -> None:
@@ -158,7 +206,7 @@ def _try_model(config: RunConfig, info: RunInfo, model: nn.Module, train: Loader
             build_loss(config, info).to(accelerator.device)(logits.float(), target)
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
         raise ConfigError(
-            f"model.name={config.model.name}: fails on images of data.image_size={list(config.data.image_size)} with "
+            f"model.name={config.model.name}: fails on images of {describe_input(config, info)} with "
             f"{info.in_chans} channels: {' '.join(str(error).split())}"
         ) from error
     if tuple(logits.shape) != expected:
@@ -184,7 +232,6 @@ def _summarise(
     display: Display,
 ) -> None:
     """What is about to be trained, in a few lines."""
-    height, width = config.data.image_size
     images = ", ".join(f"{count:,} {split}" for split, count in info.images.items())
     names = ", ".join(info.class_names[:8]) + (" ..." if len(info.class_names) > 8 else "")
     device = accelerator.device
@@ -196,7 +243,8 @@ def _summarise(
     many = f"{accelerator.num_processes} x " if accelerator.num_processes > 1 else ""
     parameters = sum(p.numel() for p in model.parameters())
     channels = f"{info.in_chans} channel{'s' if info.in_chans > 1 else ''}"
-    display.say(f"data     {config.data.type}: {images} images, {height} x {width}, {channels}")
+    noun = "images" if info.volumes is None else "cases"
+    display.say(f"data     {config.data.type}: {images} {noun}, {describe_input(config, info)}, {channels}")
     display.say(f"classes  {len(info.class_names)}: {names}")
     display.say(f"model    {config.model.name}, {config.task.type}, {parameters / 1e6:.2f} M parameters")
     display.say(f"device   {many}{hardware}, precision {config.trainer.precision}")

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from vision_gates.engine.evaluation import Evaluation, evaluation_table
 from vision_gates.engine.run_directory import RunDirectory
+from vision_gates.engine.volume_scores import read_summary, score_table
 from vision_gates.metrics import Result
 
 __all__ = ["Display", "duration", "show_result"]
@@ -145,6 +146,9 @@ def show_result(display: Display, run: RunDirectory, split: str) -> None:
     )
     names = tuple(saved["class_names"])
     display.show(evaluation_table(Evaluation(result, [], None, [], saved["seconds"], saved["task"], names, split)))
+    scores = run.evaluation / f"{split}_summary.json"
+    if scores.is_file():
+        display.show(score_table(read_summary(scores), split))
     display.say(f"weights: {run.checkpoint('best') / 'weights.safetensors'}")
     display.say(f"report: {run.report}")
 

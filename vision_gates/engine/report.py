@@ -59,6 +59,15 @@ CLASS_COLUMNS = {
 }
 """Columns of the per-class table of a task."""
 
+_CASE_COLUMNS = (
+    ("dice", "Dice", 3),
+    ("hd95_mm", "HD95, mm", 1),
+    ("nsd", "NSD, {:g} mm", 3),
+    ("volume_error_ml", "volume error, ml", 2),
+    ("volume_error_percent", "volume error, %", 1),
+    ("lesion_f1", "lesion F1", 3),
+)
+_SUMMARY = "_summary"  # ends the name of a file of scores of whole cases
 _GALLERY_KEY = "Predicted class and its probability; the true class where it is another."
 
 _STYLE = """
@@ -179,7 +188,8 @@ def write_report(run_dir: str | Path) -> Path:
     config_text = run.config.read_text(encoding="utf-8")
     config: dict[str, Any] = yaml.safe_load(config_text)
     rows = read_metrics(run.metrics)
-    found = [_read_json(path) for path in sorted(run.evaluation.glob("*.json"))]
+    files = (path for path in sorted(run.evaluation.glob("*.json")) if not path.stem.endswith(_SUMMARY))
+    found = [_read_json(path) for path in files]
     order = {"test": 0, "val": 1, "train": 2}
     evaluations = sorted(found, key=lambda e: order.get(e["split"], 3))
     best = _best_row(rows, config)
@@ -187,7 +197,7 @@ def write_report(run_dir: str | Path) -> Path:
         _header(run, config, rows, evaluations, best),
         _facts(run, config, rows),
         _curves(rows, config, best),
-        *(_evaluation(run, evaluation) for evaluation in evaluations),
+        *(_cases(run, str(evaluation["split"])) + _evaluation(run, evaluation) for evaluation in evaluations),
         f"<section><details><summary>Configuration</summary><pre>{_text(config_text)}</pre></details></section>",
     ]
     name = _text(run.path.resolve().name)
@@ -260,6 +270,17 @@ def _parameters(run: RunDirectory) -> int | None:
     return None
 
 
+def _input_size(data: Mapping[str, Any], info: Mapping[str, Any]) -> str:
+    volumes = info.get("volumes")
+    if not volumes:
+        size = data.get("image_size", "?")
+        return " x ".join(map(str, (size, size) if isinstance(size, int) else size)) + " pixels"
+    spacing = volumes["preprocessing"]["spacing"]
+    voxel = f" of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm" if spacing else ""
+    unit = "voxels" if volumes["spatial_dims"] == 3 else "pixels"
+    return f"{' x '.join(map(str, volumes['patch_size']))} {unit}{voxel}"
+
+
 def _facts(run: RunDirectory, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     info, environment = _read_json(run.info), _read_json(run.environment)
     data, model, optim = config["data"], config["model"], config.get("optim") or {}
@@ -270,9 +291,8 @@ def _facts(run: RunDirectory, config: Mapping[str, Any], rows: Sequence[Mapping[
         names = info["class_names"]
         listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
         facts.append(("classes", f"{len(names)}: {listed}"))
-    height, width = (data["image_size"],) * 2 if isinstance(data["image_size"], int) else data["image_size"]
     channels = f", {info['in_chans']} channel{'s' * (info['in_chans'] != 1)}" if info else ""
-    facts.append(("input", f"{height} x {width} pixels{channels}, batches of {data.get('batch_size', '?')}"))
+    facts.append(("input", f"{_input_size(data, info)}{channels}, batches of {data.get('batch_size', '?')}"))
     count = _parameters(run)
     decoder = f" + {model['decoder']['type']} decoder" if model.get("decoder") else ""
     facts.append(("model", f"{model['name']}{decoder}" + (f", {count / 1e6:.2f} M parameters" if count else "")))
@@ -359,6 +379,8 @@ def _evaluation(run: RunDirectory, evaluation: Mapping[str, Any]) -> str:
     if gates.is_file():
         body += _gates(read_gate_views(gates), overlays, evaluation)
     title = f"{split.capitalize()} images" if split in ("test", "val", "train") else split
+    if (run.evaluation / f"{split}{_SUMMARY}.json").is_file():
+        title = f"{split.capitalize()} cases, on the grid of the network"
     return f'<section><h2>{_text(title)}</h2><div class="tiles">{tiles}</div>{body}</section>'
 
 
@@ -386,6 +408,41 @@ def _class_table(evaluation: Mapping[str, Any]) -> str:
     if len(body) > 60:
         return f"<details><summary>{len(body)} classes</summary>{table}</details>"
     return table
+
+
+def _cases(run: RunDirectory, split: str) -> str:
+    """Section of the scores of whole cases, where there are any: a line a label, with 95 % intervals."""
+    summary = _read_json(run.evaluation / f"{split}{_SUMMARY}.json")
+    if not summary:
+        return ""
+    overall = summary["overall"]
+    columns = [(key, label.format(summary["tolerance_mm"]), digits) for key, label, digits in _CASE_COLUMNS]
+    tiles = "".join(
+        f'<div class="tile"><b>{_number(overall[key], digits)}</b><span>{_text(label)}</span></div>'
+        for key, label, digits in columns
+        if not key.startswith("volume")
+    )
+    for kind in ("cases", "patients"):
+        tiles += f'<div class="tile"><b>{summary[kind]:,}</b><span>{kind}</span></div>'
+    head = "".join(f"<th>{_text(label)}</th>" for _, label, _ in columns)
+    body = []
+    for row in (*summary["per_label"], overall):
+        colour = class_colour(row["label"]) if row["label"] else "transparent"
+        cells = f"<td>{row['n']:,}</td><td>{row['missed']:,} + {row['false_positives']:,}</td>"
+        for key, _, digits in columns:
+            low, high = row[f"{key}_low"], row[f"{key}_high"]
+            between = "" if low is None else f"{_number(low, digits)} to {_number(high, digits)}"
+            cells += f'<td>{_number(row[key], digits)}<div class="soft small">{between}</div></td>'
+        swatch = f'<span class="swatch" style="background:{colour}"></span>'
+        body.append(f"<tr><td>{swatch}{_text(row['name'])}</td>{cells}</tr>")
+    about = f"Intervals of 95 % over patients; every case is in evaluation/{split}_cases.csv. {summary['convention']}"
+    notes = "".join(f'<p class="note">{_text(note)}</p>' for note in summary["notes"])
+    return (
+        f"<section><h2>{_text(split.capitalize())} cases, on the grids of their files</h2>"
+        f'<div class="tiles">{tiles}</div><div class="scroll"><table><tr><th>label</th><th>N</th>'
+        f"<th>missed + false</th>{head}</tr>{''.join(body)}</table></div>"
+        f'<p class="small soft" style="margin-top:12px">{_text(about)}</p>{notes}</section>'
+    )
 
 
 def _samples(overlays: Iterable[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ class State:
     best_epoch: int = 0
     stale: int = 0  # evaluations since
     finished: bool = False
+    elapsed: float = 0.0  # seconds of training and validation in all
 
 
 class StopSignal:

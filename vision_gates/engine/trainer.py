@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vision_gates.config import RunConfig, save_config
-from vision_gates.engine.building import build_loss, build_metrics
+from vision_gates.engine.building import build_loss, build_metrics, labeller
 from vision_gates.engine.checkpoint import read_checkpoint, write_checkpoint
 from vision_gates.engine.data import derive_seed
 from vision_gates.engine.device import build_accelerator, deterministic_algorithms, peak_memory_gib
@@ -42,6 +42,7 @@ from vision_gates.engine.run_directory import (
     truncate_metrics,
 )
 from vision_gates.engine.state import Interrupted, State, StopSignal
+from vision_gates.engine.volume_scores import CaseScorer, build_scorer
 from vision_gates.errors import ConfigError, UserError
 
 __all__ = ["Interrupted", "Trainer", "train"]
@@ -104,6 +105,9 @@ class Trainer:
         self.state = State()
 
         self.network = parts.model.to(self.device)  # the bare network, for state_dict and evaluation
+        if config.trainer.channels_last:
+            for parameter in self.network.parameters():
+                parameter.data = _channels_last(parameter.data)
         self.ema = build_ema(config, self.network)  # a deep copy: before compile and DDP wrap anything
         self.batches = len(parts.train.batches)  # a process and epoch
         self.updates_per_epoch = math.ceil(self.batches / config.optim.accumulate)
@@ -117,7 +121,8 @@ class Trainer:
         self.mixup = build_mixup(config, len(parts.info.class_names))
         self.writer: Any = None
         self.last_save = self.began = time.perf_counter()
-        self.first_update = 0
+        self.first_update, self.elapsed_before = 0, 0.0
+        self.over = False  # the time that schedule.minutes gives
 
     # ------------------------------------------------------------ start and end
 
@@ -164,9 +169,10 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.state = State(**state["place"])
+        self.elapsed_before = self.state.elapsed
         if not self.main:  # the sums are those of all processes
             self.state.loss_sum, self.state.images = 0.0, 0
-        self.schedule.step_update(self.state.update)
+        self.schedule.step_update(self._schedule_place())
 
     def close(self) -> None:
         """Release files."""
@@ -188,7 +194,8 @@ class Trainer:
             while not self.state.finished:
                 self.train_epoch()
                 epoch = self.state.epoch + 1
-                due = epoch % self.config.trainer.eval_every == 0 or epoch == self.config.schedule.epochs
+                last = self.over or epoch == self.config.schedule.epochs
+                due = last or epoch % self.config.trainer.eval_every == 0
                 self.end_epoch(self.evaluate("val") if due else None)
         except Interrupted:
             self.save("last")
@@ -226,9 +233,11 @@ class Trainer:
             state.images += sum(sizes)
             state.seconds += time.perf_counter() - began
             self._show_update(values, sum(sizes), lr, waited, time.perf_counter() - began)
-            stop, save = self._agree(self.stop.requested, self._checkpoint_due())
+            stop, save, self.over = self._agree(self.stop.requested, self._checkpoint_due(), self._time_is_up())
             if stop:
                 raise Interrupted(self._stopped())
+            if self.over:
+                break
             if save and state.batch < self.batches:
                 self.save("last")
 
@@ -238,6 +247,8 @@ class Trainer:
         torch.manual_seed(derive_seed(place[0], "step", *place[1:]))  # dropout, stochastic depth
         image = batch["image"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
+        if self.config.trainer.channels_last:
+            image = _channels_last(image)
         if self.mixup is not None:
             image, target = mix(self.mixup, image, target, seed=derive_seed(place[0], "mixup", *place[1:]))
         with nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -252,7 +263,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.update += 1
-        self.schedule.step_update(self.state.update)
+        self.schedule.step_update(self._schedule_place())
         if self.ema is not None:
             self.ema.update(self.network, step=self.state.update)
 
@@ -261,23 +272,25 @@ class Trainer:
         group = self.optimizer.param_groups[0]
         return float(group["lr"]) / float(group.get("lr_scale", 1.0))
 
-    def evaluate(self, split: str, *, overlays: int = 0) -> Evaluation:
+    def evaluate(self, split: str, *, overlays: int = 0, scorer: CaseScorer | None = None) -> Evaluation:
         """Metrics of the weights that would be deployed, over "val" or "test"."""
         loader = self.parts.test if split == "test" else self.parts.val
         assert loader is not None
         if self.world == 1:
             loader.check = self._check_stop
         info = self.parts.info
+        network = self.network if self.ema is None else self.ema.module
         return evaluate_model(
-            self.network if self.ema is None else self.ema.module,
+            labeller(self.config, info, network, device=self.device),
             loader,
             build_metrics(self.config, info),
             device=self.device,
             autocast=self.accelerator.autocast,
-            loss=self.loss,
+            loss=self.loss if info.volumes is None else None,  # of a whole volume there are labels, no logits
             collect=overlays,
             mean=info.mean,
             std=info.std,
+            scorer=scorer,
         )
 
     def end_epoch(self, evaluation: Evaluation | None) -> None:
@@ -308,7 +321,7 @@ class Trainer:
         state.epoch += 1
         state.batch, state.loss_sum, state.images, state.seconds = 0, 0.0, 0, 0.0
         early = trainer.patience is not None and state.stale >= trainer.patience
-        state.finished = early or state.epoch >= self.config.schedule.epochs
+        state.finished = early or self.over or state.epoch >= self.config.schedule.epochs
         if early:
             self.display.say(f"early stop: no better {trainer.monitor} in {state.stale} evaluations")
         # The order lets a kill between any two of these be repeated from the last checkpoint.
@@ -327,7 +340,9 @@ class Trainer:
             raise UserError(f"{self.run.checkpoints}: the best checkpoint is missing; it cannot be evaluated")
         (self.network if self.ema is None else self.ema.module).load_state_dict(best.weights)
         split = "val" if self.parts.test is None else "test"
-        evaluation = self.evaluate(split, overlays=NUM_OVERLAYS)
+        loader = self.parts.val if self.parts.test is None else self.parts.test
+        scorer = build_scorer(self.config, self.parts.info, loader)
+        evaluation = self.evaluate(split, overlays=NUM_OVERLAYS, scorer=scorer)
         if self.main:
             write_evaluation(self.run.path, split, evaluation, checkpoint="best")
             write_report(self.run.path)
@@ -345,7 +360,7 @@ class Trainer:
             return
         scaler = self.accelerator.scaler
         state = {
-            "place": {**asdict(self.state), "loss_sum": loss_sum, "images": int(images)},
+            "place": {**asdict(self.state), "loss_sum": loss_sum, "images": int(images), "elapsed": self._elapsed()},
             "model": None if self.ema is None else self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -365,6 +380,20 @@ class Trainer:
         return by_steps or (trainer.checkpoint_minutes is not None and minutes >= trainer.checkpoint_minutes)
 
     # ------------------------------------------------------------ helpers
+
+    def _elapsed(self) -> float:
+        return self.elapsed_before + time.perf_counter() - self.began
+
+    def _time_is_up(self) -> bool:
+        minutes = self.config.schedule.minutes
+        return minutes is not None and self._elapsed() >= 60 * minutes
+
+    def _schedule_place(self) -> int:
+        """Where the learning rate's schedule is, of ``total_updates``: by updates, or by the clock."""
+        minutes = self.config.schedule.minutes
+        if minutes is None:
+            return self.state.update
+        return min(int(self._elapsed() / (60 * minutes) * self.total_updates), self.total_updates)
 
     def _agree(self, *flags: bool) -> list[bool]:
         """Whether any process raised each flag."""
@@ -425,3 +454,9 @@ class Trainer:
             for key, value in scores.items():
                 self.writer.add_scalar(f"val/{key}", value, row["step"])
             self.writer.flush()
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """Images, volumes and the weights of their convolutions with channels next to each other in memory."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return tensor.contiguous(memory_format=formats[tensor.ndim]) if tensor.ndim in formats else tensor

@@ -1,0 +1,96 @@
+"""What ``vision-gates score`` does: compare masks in files with the truth in files."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vision_gates.datasets.base import few
+from vision_gates.errors import ConfigError, DataError
+from vision_gates.volumes.reading import VOLUME_SUFFIXES, read_labels, stem
+from vision_gates.volumes.scoring import Summary, score_case, summarise, write_scores
+
+__all__ = ["score_files"]
+
+
+def score_files(
+    prediction: str | Path,
+    truth: str | Path,
+    *,
+    names: Sequence[str] = (),
+    tolerance_mm: float = 2.0,
+    out: str | Path | None = None,
+) -> Summary:
+    """Score a mask, or every mask in a folder, against the truth of the same name.
+
+    Args:
+        prediction: a file, or a folder of them; of a folder's segment.json the names of the labels are taken.
+        truth: a file, or a folder with a file of the same case for each.
+        names: of the labels from 0 on, background first; by default "label 1" and so on.
+        tolerance_mm: of the normalised surface Dice.
+        out: folder for cases.csv, summary.csv and summary.json; None: nothing is written.
+
+    Raises:
+        DataError: a file is missing or cannot be read, or a pair lies on different grids.
+        ConfigError: a file beside a folder.
+    """
+    pairs = _pairs(Path(prediction).expanduser(), Path(truth).expanduser())
+    masks = {}
+    for name, (mask_path, truth_path) in pairs.items():
+        mask, expected = read_labels(mask_path), read_labels(truth_path)
+        differences = expected.geometry.differences(mask.geometry)
+        if differences:
+            raise DataError(f"{mask_path}: not on the grid of {truth_path}: {'; '.join(differences)}")
+        masks[name] = mask, expected
+    names = tuple(names) or _written_names(Path(prediction).expanduser())
+    if not names:
+        most = max(int(array.max()) for mask, expected in masks.values() for array in (mask.array, expected.array))
+        names = ("background", *(f"label {value}" for value in range(1, most + 1)))
+    rows = {
+        name: score_case(
+            mask.array.astype(np.int64),
+            expected.array.astype(np.int64),
+            spacing=expected.geometry.spacing,
+            class_names=names,
+            tolerance_mm=tolerance_mm,
+            name=str(mask.source),
+        )
+        for name, (mask, expected) in masks.items()
+    }
+    summary = summarise(rows, class_names=names)
+    if out is not None:
+        write_scores(Path(out), rows, summary)
+    return summary
+
+
+def _pairs(prediction: Path, truth: Path) -> dict[str, tuple[Path, Path]]:
+    for path in (prediction, truth):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+    if prediction.is_file() and truth.is_file():
+        return {stem(prediction): (prediction, truth)}
+    if prediction.is_file() or truth.is_file():
+        raise ConfigError(f"{prediction}, {truth}: two files or two folders are needed")
+    found, expected = (
+        {stem(p): p for p in sorted(folder.iterdir()) if p.name.lower().endswith(VOLUME_SUFFIXES)}
+        for folder in (prediction, truth)
+    )
+    if not found:
+        raise DataError(f"{prediction}: no masks in it; files that end in {', '.join(VOLUME_SUFFIXES)}")
+    missing = [name for name in found if name not in expected]
+    if missing:
+        raise DataError(f"{truth}: no truth for {few(missing)}")
+    return {name: (path, expected[name]) for name, path in found.items()}
+
+
+def _written_names(prediction: Path) -> tuple[str, ...]:
+    """The names that ``segment`` left beside its masks."""
+    whole = prediction.is_dir()
+    beside = prediction / "segment.json" if whole else prediction.parent / f"{stem(prediction)}_segment.json"
+    if not beside.is_file():
+        return ()
+    try:
+        return tuple(map(str, json.loads(beside.read_text(encoding="utf-8"))["class_names"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{beside}: damaged ({error}); give names=background,...") from error

@@ -1,0 +1,313 @@
+"""What ``vision-gates segment`` does: label volumes from files with a trained run, on the grids of the files.
+
+Cases are done one after the other; each result is written at once and whole, and noted in ``segment.json`` after that,
+so that the same command goes on where it was stopped.
+"""
+
+import csv
+import io
+import json
+import re
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vision_gates.config import RunConfig
+from vision_gates.datasets.base import few, how_many
+from vision_gates.engine.building import RunInfo, load_run
+from vision_gates.engine.evaluation import load_best
+from vision_gates.engine.run_directory import RunDirectory, atomic_write_text, to_json
+from vision_gates.engine.volume_data import VolumePredictor
+from vision_gates.errors import ConfigError, DataError, UserError
+from vision_gates.volumes.preprocessing import prepare, restore_labels
+from vision_gates.volumes.reading import VOLUME_SUFFIXES, find_series, read_volume, stem
+from vision_gates.volumes.writing import write_labels
+
+__all__ = ["SegmentOptions", "find_inputs", "segment"]
+
+_CHANNEL = re.compile(r"^(.+)_(\d{4})$")  # nnU-Net's CASE_0000: the first channel
+
+
+class SegmentOptions(BaseModel):
+    """Options of ``segment``; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mirror: bool = Field(
+        default=False, description="average the mirror images, too: 4 to 8 times the time, a little better"
+    )
+    overlap: float | None = Field(
+        default=None, ge=0, lt=1, description="of neighbouring windows; as in the run by default"
+    )
+    batch_size: int | None = Field(default=None, ge=1, description="windows at a time; as in the run by default")
+    precision: str | None = Field(
+        default=None, pattern="^(no|bf16|fp16)$", description="autocast; as in the run by default"
+    )
+    device: str = Field(default="auto", pattern="^(auto|cpu|cuda(:\\d+)?)$", description="where the network runs")
+    format: str = Field(default=".nii.gz", description="of masks in a folder")
+    series: str | None = Field(default=None, description="SeriesInstanceUID, where a DICOM folder holds several")
+    overwrite: bool = Field(default=False, description="replace results that are there")
+    report: bool = Field(default=True, description="write a page with pictures")
+
+
+@dataclass(frozen=True)
+class _Case:
+    name: str
+    images: tuple[Path, ...]
+    out: Path
+
+
+def segment(
+    source: str | Path,
+    out: str | Path,
+    run_dir: str | Path,
+    options: SegmentOptions | None = None,
+    *,
+    console: Console | None = None,
+) -> list[Path]:
+    """Label one case or a folder of them.
+
+    Args:
+        source: a volume file, a DICOM folder, or a folder of such (``CASE_0000.nii.gz`` is a channel of CASE).
+        out: the mask to write, or for several cases, or where it has no suffix of a volume, a folder for them.
+        run_dir: run directory of a network trained on volumes; its best weights are used.
+        options: see `SegmentOptions`.
+        console: where progress is shown; None: standard output.
+
+    Returns:
+        The masks, those that were there before included. Beside them are ``volumes.csv`` (ml a label and case),
+        ``segment.json`` and, with ``report``, ``report.html``; beside a single mask they begin with its name.
+
+    Raises:
+        UserError: an input, the run or an option that cannot be used; results of the cases before it stay.
+    """
+    options = options or SegmentOptions()
+    console = console or Console(highlight=False, soft_wrap=True)
+    config, info = load_run(run_dir)
+    if info.segments is None:
+        raise ConfigError(f"{run_dir}: was trained on images; a run trained on volumes (data.type=volumes) is needed")
+    cases, folder, prefix = find_inputs(source, out, options, channels=len(info.segments.channel_names))
+    done = _Journal(folder, prefix, run_dir, info, options)
+    for case in cases:
+        if case.out.exists() and case.name not in done.rows and not options.overwrite:
+            raise UserError(f"{case.out}: exists and is no result of this run; choose another OUT, or overwrite=true")
+    device = _device(options.device)
+    network, weights = load_best(RunDirectory(run_dir), config, info)
+    predictor = _predictor(network, config, info, options, device)
+    console.print(f"{how_many(len(cases), 'case')}, {config.model.name} from {weights}, {device}", markup=False)
+    for number, case in enumerate(cases, start=1):
+        if case.name in done.rows and case.out.exists() and not options.overwrite:
+            console.print(f"{number}/{len(cases)} {case.name}: done before", markup=False)
+            continue
+        title = f"{number}/{len(cases)} {case.name}"
+        done.add(case.name, *_segment_case(case, predictor, config, info, options, console, title))
+    console.print(f"volumes: {done.path('volumes.csv')}", markup=False)
+    if options.report:
+        console.print(f"report: {done.write_report([case.name for case in cases])}", markup=False)
+    return [case.out for case in cases]
+
+
+def find_inputs(
+    source: str | Path, out: str | Path, options: SegmentOptions, *, channels: int
+) -> tuple[list[_Case], Path, str]:
+    """The cases of a path and where their results go: also the folder of the files beside them, and their prefix.
+
+    Raises:
+        DataError: nothing there, or channels missing; ConfigError: a place that results cannot go to.
+    """
+    source, out = Path(source).expanduser(), Path(out).expanduser()
+    if not source.exists():
+        raise DataError(f"{source}: no such file or folder")
+    single = source.is_file() or (source.is_dir() and not _volumes_in(source) and bool(find_series(source)))
+    if single and channels > 1:
+        raise DataError(
+            f"{source}: the network has {channels} channels; give a folder with CASE_0000, CASE_0001, ... of each case"
+        )
+    if single:
+        name = _CHANNEL.sub(r"\1", stem(source) if source.is_file() else source.resolve().name)
+        if out.name.lower().endswith(VOLUME_SUFFIXES):
+            return [_Case(name, (source,), out)], out.parent, f"{stem(out)}_"
+        return [_Case(name, (source,), out / f"{name}{options.format}")], out, ""
+    if out.name.lower().endswith(VOLUME_SUFFIXES) or out.is_file():
+        raise ConfigError(f"OUT={out}: {source} is a folder of cases; give a folder")
+    groups: dict[str, dict[int, Path]] = {}
+    for path in [*_volumes_in(source), *_dicom_folders(source)]:
+        match = _CHANNEL.match(stem(path) if path.is_file() else path.name)
+        name, channel = (match[1], int(match[2])) if match else (stem(path) if path.is_file() else path.name, 0)
+        if channel in groups.setdefault(name, {}):
+            raise DataError(f"{path}: {groups[name][channel].name} is the same channel of the same case")
+        groups[name][channel] = path
+    if not groups:
+        raise DataError(f"{source}: no volumes in it; files that end in {', '.join(VOLUME_SUFFIXES)}, or DICOM folders")
+    wrong = [name for name, files in groups.items() if sorted(files) != list(range(channels))]
+    if wrong:
+        raise DataError(
+            f"{source}: the network has {how_many(channels, 'channel')}, {few(wrong)} "
+            f"{'has' if len(wrong) == 1 else 'have'} others: {sorted(p.name for p in groups[wrong[0]].values())}"
+        )
+    cases = [
+        _Case(name, tuple(files[i] for i in range(channels)), out / f"{name}{options.format}")
+        for name, files in sorted(groups.items())
+    ]
+    return cases, out, ""
+
+
+def _volumes_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(VOLUME_SUFFIXES))
+
+
+def _dicom_folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and find_series(p))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={name}: there is no GPU that PyTorch can use; device=cpu runs on the processor")
+    return torch.device(name)
+
+
+def _predictor(
+    network: torch.nn.Module, config: RunConfig, info: RunInfo, options: SegmentOptions, device: torch.device
+) -> VolumePredictor:
+    assert info.segments is not None
+    volumes = info.segments
+    if options.overlap is not None:
+        volumes = volumes.model_copy(update={"overlap": options.overlap})
+    axes = [axis for axis in range(3) if volumes.spatial_dims == 3 or axis != volumes.slice_axis]
+    return VolumePredictor(
+        network.to(device).eval(),
+        volumes,
+        num_classes=len(info.class_names),
+        batch_size=options.batch_size or config.data.batch_size,
+        device=device,
+        mirror=axes if options.mirror else (),
+    ).eval()
+
+
+def _segment_case(
+    case: _Case,
+    predictor: VolumePredictor,
+    config: RunConfig,
+    info: RunInfo,
+    options: SegmentOptions,
+    console: Console,
+    title: str,
+) -> tuple[dict[str, Any], str | None]:
+    """Read, predict, write; returns the case's row of the tables and its part of the report."""
+    began = time.perf_counter()
+    volumes = [read_volume(path, series=options.series) for path in case.images]
+    prepared = prepare(predictor.info.preprocessing, volumes)
+    shape = " x ".join(map(str, volumes[0].geometry.shape))
+    console.print(f"{title}: {shape} voxels, {predictor.plan(prepared.image.shape).describe()}", markup=False)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(case.name, total=None)
+        try:
+            labels = predictor.predict(
+                prepared.image,
+                autocast=lambda: _autocast(options.precision or config.trainer.precision, predictor.device),
+                progress=lambda now, total: bar.update(task, completed=now, total=total),
+            )
+        except UserError as error:
+            raise UserError(f"{case.images[0]}: {error}") from error
+    on_source = restore_labels(labels, prepared.geometry, prepared.source)
+    case.out.parent.mkdir(parents=True, exist_ok=True)
+    write_labels(case.out, on_source, prepared.source, names=info.class_names)
+    counts = np.bincount(on_source.ravel(), minlength=len(info.class_names)).tolist()
+    ml = prepared.source.voxel_ml
+    seconds = time.perf_counter() - began
+    console.print(f"{title}: {case.out}, {seconds:.1f} s", markup=False)
+    section = None
+    if options.report:
+        from vision_gates.engine.segment_report import case_section
+
+        section = case_section(case.name, volumes[0], on_source, prepared, predictor, info)
+    row = {
+        "images": [str(path) for path in case.images],
+        "mask": str(case.out),
+        "shape": list(prepared.source.shape),
+        "spacing": list(prepared.source.spacing),
+        "voxels": counts,
+        "ml": [count * ml for count in counts],
+        "seconds": round(seconds, 2),
+    }
+    return row, section
+
+
+def _autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    if precision == "no":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+class _Journal:
+    """What is done already, in files that are complete at any moment."""
+
+    def __init__(self, folder: Path, prefix: str, run_dir: str | Path, info: RunInfo, options: SegmentOptions) -> None:
+        self._folder, self._prefix, self._names = folder, prefix, info.class_names
+        self._about: dict[str, Any] = {
+            "run": str(Path(run_dir).resolve()),
+            "options": options.model_dump(mode="json", include={"mirror", "overlap", "precision", "format", "series"}),
+        }
+        self.rows: dict[str, dict[str, Any]] = {}
+        path = self.path("segment.json")
+        if path.is_file() and not options.overwrite:
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+                about, self.rows = before["about"], dict(before["cases"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: damaged ({error}); delete it, or use overwrite=true") from error
+            if about != self._about:
+                raise UserError(
+                    f"{path}: the results there are of another run or other options ({about.get('run')}); choose "
+                    "another OUT, or use overwrite=true"
+                )
+
+    def path(self, name: str) -> Path:
+        """A file beside the masks."""
+        return self._folder / f"{self._prefix}{name}"
+
+    def section(self, case: str) -> Path:
+        """Where the case's part of the report is kept."""
+        return self.path("report_parts") / f"{case}.html"
+
+    def add(self, case: str, row: dict[str, Any], section: str | None) -> None:
+        """Note a finished case, and write the table anew."""
+        self.rows[case] = row
+        if section is not None:
+            self.section(case).parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(self.section(case), section)
+        content = {"about": self._about, "class_names": list(self._names), "cases": self.rows}
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["case", *(f"{name}_ml" for name in self._names[1:])])
+        for name, values in sorted(self.rows.items()):
+            writer.writerow([name, *(f"{ml:.3f}" for ml in values["ml"][1 : len(self._names)])])
+        atomic_write_text(self.path("volumes.csv"), text.getvalue())
+        atomic_write_text(self.path("segment.json"), to_json(content, indent=1) + "\n")
+
+    def write_report(self, cases: Sequence[str]) -> Path:
+        """One page of all cases that have pictures."""
+        from vision_gates.engine.segment_report import page
+
+        sections = [self.section(case).read_text(encoding="utf-8") for case in cases if self.section(case).is_file()]
+        path = self.path("report.html")
+        atomic_write_text(path, page(sections, title=f"Segmentation by {Path(self._about['run']).name}"))
+        return path

@@ -1,0 +1,263 @@
+"""Scores of whole cases, each on the grid of its own label file: of a run as it is evaluated, and over several folds.
+
+The per-image metrics of an evaluation are those of the prepared grid, and depend on its spacing. These are what a
+reader of the files would measure on the masks that ``vision-gates segment`` writes.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from vision_gates.config import RunConfig
+from vision_gates.datasets.base import DataSplits, few, how_many, load_splits
+from vision_gates.datasets.volumes import VolumeSplits
+from vision_gates.datasets.volumes.layouts import Case
+from vision_gates.engine.building import RunInfo
+from vision_gates.engine.data import Loader
+from vision_gates.engine.run_directory import RunDirectory, atomic_write_text, to_json
+from vision_gates.errors import ConfigError, DataError, UserError
+from vision_gates.volumes.cache import CachedCase
+from vision_gates.volumes.preprocessing import restore_labels
+from vision_gates.volumes.reading import read_labels
+from vision_gates.volumes.scoring import FoldSummary, Summary, score_case, summarise, summarise_folds
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["CaseScorer", "Folds", "Scores", "build_scorer", "read_summary", "score_table", "summarise_runs"]
+
+# What decides who is in which fold; fold itself has to differ.
+_OF_ALL_FOLDS = ("root", "folds", "layout", "groups", "split_seed", "test_fraction")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one pass over a split: name of a case to its rows (`score_case`), and their means."""
+
+    cases: dict[str, list[dict[str, Any]]]
+    summary: Summary
+
+
+class CaseScorer:
+    """Scores predictions as `evaluate_model` makes them, so that nothing is predicted twice.
+
+    Args:
+        cases: prepared, in the order of the split.
+        files: the same cases on disk.
+        class_names: in label order.
+        ignore_index: label that is not scored.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[CachedCase],
+        files: Sequence[Case],
+        *,
+        class_names: Sequence[str],
+        ignore_index: int | None,
+    ) -> None:
+        self._cases, self._files = cases, files
+        self._class_names, self._ignore_index = class_names, ignore_index
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, batch: Mapping[str, Any], labels_BXYZ: Tensor) -> None:
+        """Score predicted labels of prepared cases; ``batch["index"]`` says which.
+
+        Raises:
+            DataError: a label file cannot be read, or does not lie on the grid of its image any more.
+        """
+        for index, labels_XYZ in zip(batch["index"].tolist(), labels_BXYZ, strict=True):
+            case, file = self._cases[index], self._files[index]
+            assert file.labels is not None, "the splits hold labelled cases only"
+            truth = read_labels(file.labels)
+            differences = case.source.differences(truth.geometry)
+            if differences:
+                raise DataError(f"{file.labels}: has changed since training began: {'; '.join(differences)}")
+            small = labels_XYZ.cpu().numpy().astype(np.min_scalar_type(len(self._class_names)))
+            self._rows[file.name] = score_case(
+                restore_labels(small, case.geometry, case.source),
+                truth.array,
+                spacing=case.source.spacing,
+                class_names=self._class_names,
+                ignore_index=self._ignore_index,
+                name=str(file.labels),
+            )
+
+    def finish(self) -> Scores:
+        """Scores of the cases of all processes; each of them has to call this."""
+        rows, distributed = self._rows, torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            shares: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(shares, rows)
+            rows = {name: scored for share in shares for name, scored in share.items()}
+        patients = {file.name: file.patient for file in self._files}
+        return Scores(rows, summarise(rows, class_names=self._class_names, patients=patients))
+
+
+def build_scorer(
+    config: RunConfig, info: RunInfo, loader: Loader, splits: DataSplits | None = None
+) -> CaseScorer | None:
+    """For the cases of a loader of `build_loader`; None where the run is on images.
+
+    Args:
+        config: of the run.
+        info: of the run.
+        loader: of whole cases.
+        splits: of the same data; None: found anew.
+
+    Raises:
+        DataError: the files of a case are not there any more.
+    """
+    if info.volumes is None:
+        return None
+    found = load_splits(config.data) if splits is None else splits
+    assert isinstance(found, VolumeSplits) and found.layout is not None
+    files = {case.name: case for case in found.layout.cases}
+    lost = [name for name in loader.dataset.names if name not in files]
+    if lost:
+        raise DataError(f"{found.layout.root}: {how_many(len(lost), 'case')} gone since training began: {few(lost)}")
+    return CaseScorer(
+        loader.dataset.cases,
+        [files[name] for name in loader.dataset.names],
+        class_names=info.class_names,
+        ignore_index=config.data.ignore_index,
+    )
+
+
+def read_summary(path: Path) -> Summary:
+    """What `write_scores` has written; `UserError` if the file is damaged or of another version."""
+    try:
+        return Summary(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); evaluate the run again") from error
+
+
+def score_table(summary: Summary, split: str) -> "Table":
+    """For a terminal, below the table of the metrics on the prepared grid."""
+    from rich.text import Text
+
+    table = summary.table()
+    table.title = Text.assemble(
+        f"{split}, on the grids of the files, " if split else "", str(table.title), style="bold"
+    )
+    return table
+
+
+# ---------------------------------------------------------------- cross-validation
+
+
+@dataclass(frozen=True)
+class Folds:
+    """A cross-validation, put together.
+
+    Attributes:
+        summary: over the folds.
+        notes: what to know about them, such as folds that are missing.
+        path: the written CSV file; beside it lies a JSON file of the same name.
+    """
+
+    summary: FoldSummary
+    notes: list[str]
+    path: Path
+
+
+def summarise_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Folds:
+    """Put the validation scores of the folds of one data set together, and write them.
+
+    Args:
+        run_dirs: run directories, each trained on volumes with another ``data.fold``.
+        out: CSV file to write: a line a label, the means over the labels last.
+
+    Raises:
+        UserError: a run that is none, has not been evaluated on its validation cases, or is no other fold of the same
+            cross-validation; nothing is written then.
+    """
+    out = Path(out).expanduser()
+    if out.suffix.lower() != ".csv":
+        raise ConfigError(f"out={out}: must end in .csv; a .json file is written beside it")
+    runs = [RunDirectory(path) for path in run_dirs]
+    data = [_data_of(run) for run in runs]
+    for run, own in zip(runs[1:], data[1:], strict=True):
+        differing = [
+            f"data.{key} is {own.get(key)!r}, not {data[0].get(key)!r} as in {runs[0].path}"
+            for key in _OF_ALL_FOLDS
+            if own.get(key) != data[0].get(key)
+        ]
+        if differing:
+            raise ConfigError(f"{run.path}: no fold of the same cross-validation: {'; '.join(differing)}")
+    by_fold: dict[int, RunDirectory] = {}
+    for run, own in zip(runs, data, strict=True):
+        other = by_fold.setdefault(own["fold"], run)
+        if other is not run:
+            raise ConfigError(f"{run.path} and {other.path} are both data.fold={own['fold']}; give each fold once")
+    by_fold = dict(sorted(by_fold.items()))
+    summaries = [_validation_of(run) for run in by_fold.values()]
+    _check_disjoint(by_fold)
+    try:
+        summary = summarise_folds(summaries)
+    except ValueError as error:
+        raise ConfigError(f"{few([str(run.path) for run in runs])}: {error}") from error
+    notes = []
+    missing = [str(fold) for fold in range(data[0]["folds"]) if fold not in by_fold]
+    if missing:
+        notes.append(f"{len(by_fold)} of {data[0]['folds']} folds; missing: {', '.join(missing)}")
+    members = [
+        {"fold": fold, "run": str(run.path), "cases": one.cases, "patients": one.patients, "overall": one.overall}
+        for (fold, run), one in zip(by_fold.items(), summaries, strict=True)
+    ]
+    lines = [*summary.per_label, {**summary.overall, "convention": " ".join([summary.convention, *notes])}]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[-1]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(out, text.getvalue())
+        content = {**summary.to_dict(), "notes": notes, "runs": members}
+        atomic_write_text(out.with_suffix(".json"), to_json(content, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"out={out}: cannot be written: {error.strerror or error}") from error
+    return Folds(summary, notes, out)
+
+
+def _data_of(run: RunDirectory) -> dict[str, Any]:
+    """The section ``data`` of a run that is a fold."""
+    if not run.config.is_file():
+        raise UserError(f"{run.path}: not a run directory (it has no config.yaml)")
+    # As it stands, not through load_config: the data need not be on this machine.
+    data: dict[str, Any] = yaml.safe_load(run.config.read_text(encoding="utf-8"))["data"]
+    if data["type"] != "volumes" or data.get("folds") is None or data.get("val") or data.get("test"):
+        raise ConfigError(
+            f"{run.path}: no fold of a cross-validation; that is a run with data.type=volumes, data.folds and data.fold"
+        )
+    return data
+
+
+def _validation_of(run: RunDirectory) -> Summary:
+    path = run.evaluation / "val_summary.json"
+    if not path.is_file():
+        raise UserError(f"{path}: is missing; write it with: python tools/evaluate.py {run.path} split=val")
+    return read_summary(path)
+
+
+def _check_disjoint(runs: Mapping[int, RunDirectory]) -> None:
+    """No case may have been validated on twice: then the files have changed between the runs."""
+    owner: dict[str, int] = {}
+    for fold, run in runs.items():
+        with open(run.evaluation / "val_cases.csv", encoding="utf-8", newline="") as file:
+            for name in dict.fromkeys(row["case"] for row in csv.DictReader(file)):
+                first = owner.setdefault(name, fold)
+                if first != fold:
+                    raise DataError(
+                        f"{run.path}: case {name} was validated on in fold {fold} and in fold {first} "
+                        f"({runs[first].path}): the data set has changed between the runs; train the folds anew"
+                    )
