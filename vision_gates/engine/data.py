@@ -244,6 +244,11 @@ class Loader:
         assert isinstance(self.batches, TrainBatches)
         self.batches.start(epoch=epoch, first=first)
 
+    def close(self) -> None:
+        """End the workers now: at the end of the program they would be killed, and PyTorch complain."""
+        if hasattr(self, "_loader"):
+            del self._loader
+
     def __iter__(self) -> Iterator[dict[str, Tensor | list[str]]]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=_MANY_WORKERS)

@@ -34,7 +34,7 @@ from vision_gates.engine.run_directory import RunDirectory, atomic_write_bytes, 
 from vision_gates.errors import UserError
 from vision_gates.metrics import DEFAULT_MONITOR
 
-__all__ = ["CLASS_COLUMNS", "METRIC_LABELS", "write_report"]
+__all__ = ["CLASS_COLUMNS", "METRIC_LABELS", "PAGE_STYLE", "gates_section", "write_report"]
 
 METRIC_LABELS = {
     "dice": "Dice",
@@ -70,7 +70,7 @@ _CASE_COLUMNS = (
 _SUMMARY = "_summary"  # ends the name of a file of scores of whole cases
 _GALLERY_KEY = "Predicted class and its probability; the true class where it is another."
 
-_STYLE = """
+PAGE_STYLE = """
 :root{color-scheme:light dark;--page:#f4f6f8;--card:#fff;--ink:#17202b;--soft:#5a6675;--rule:#e1e6eb;--fill:#eef2f5;
 --a:#0072b2;--b:#d55e00;--c:#009e73;--warn:#8a5a00}
 @media(prefers-color-scheme:dark){:root{--page:#0e1318;--card:#171d24;--ink:#e7ecf1;--soft:#9aa7b5;--rule:#2a333d;
@@ -204,7 +204,7 @@ def write_report(run_dir: str | Path) -> Path:
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width,initial-scale=1"><title>{name} - vision_gates</title>'
-        f"<style>{_STYLE}</style></head>"
+        f"<style>{PAGE_STYLE}</style></head>"
         f"<body><main>{''.join(parts)}<footer>Made by vision_gates from {name}/</footer></main></body></html>\n"
     )
     # A file name need not be valid Unicode; what is not becomes a backslash escape.
@@ -377,7 +377,7 @@ def _evaluation(run: RunDirectory, evaluation: Mapping[str, Any]) -> str:
         body = table + _samples(overlays, evaluation)
     gates = run.evaluation / f"{split}_gates.npz"
     if gates.is_file():
-        body += _gates(read_gate_views(gates), overlays, evaluation)
+        body += gates_section(read_gate_views(gates), overlays, evaluation)
     title = f"{split.capitalize()} images" if split in ("test", "val", "train") else split
     if (run.evaluation / f"{split}{_SUMMARY}.json").is_file():
         title = f"{split.capitalize()} cases, on the grid of the network"
@@ -508,7 +508,7 @@ def _gallery(overlays: Iterable[Mapping[str, Any]], evaluation: Mapping[str, Any
 # ---------------------------------------------------------------- gates
 
 
-def _gates(gates: GateViews, overlays: Iterable[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> str:
+def gates_section(gates: GateViews, overlays: Iterable[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> str:
     """What the gates did: maps over a few samples, openness of heads, neighbourhoods."""
     shown = {o["index"]: o for o in overlays}
     figures = [_gate_figure(shown[i], views, evaluation) for i, views in gates.samples.items() if i in shown]

@@ -175,7 +175,8 @@ class Trainer:
         self.schedule.step_update(self._schedule_place())
 
     def close(self) -> None:
-        """Release files."""
+        """Release files and processes."""
+        self.parts.train.close()
         if self.writer is not None:
             self.writer.close()
 
@@ -432,7 +433,10 @@ class Trainer:
         rate = images * self.world / max(seconds, 1e-9)
         best = "" if state.best is None else f" | best {self.config.trainer.monitor} {state.best:.4f}"
         pace = (time.perf_counter() - self.began) / max(state.update - self.first_update, 1)
-        left = duration(pace * (self.total_updates - state.update))
+        remaining = pace * (self.total_updates - state.update)
+        if self.config.schedule.minutes is not None:
+            remaining = min(remaining, max(60 * self.config.schedule.minutes - self._elapsed(), 0))
+        left = duration(remaining)
         self.display.step(
             update=state.update,
             epoch=f"epoch {state.epoch + 1}/{self.config.schedule.epochs}",
