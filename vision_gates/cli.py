@@ -137,7 +137,8 @@ def segment(argv: Sequence[str]) -> int:
 
     Label MRI or CT volumes with a trained run. IN is a volume (NIfTI, NRRD, MetaImage), a folder with a DICOM series,
     or a folder of such cases, where CASE_0000.nii.gz, CASE_0001.nii.gz are the channels of one. OUT is the mask to
-    write (.nii.gz, .nii, .nrrd, .mha), for a folder of cases a folder. Masks lie on the grid of the input. Beside them:
+    write (.nii.gz, .nii, .nrrd, .mha; .dcm: a DICOM segmentation of a DICOM series), for a folder of cases a folder.
+    Masks lie on the grid of the input. Beside them:
     volumes.csv with the millilitres of every label, report.html with pictures, segment.json. The same command again
     goes on where it was stopped.
         segment scan.nii.gz mask.nii.gz --checkpoint runs/auto_3d

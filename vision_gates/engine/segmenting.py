@@ -28,12 +28,15 @@ from vision_gates.engine.evaluation import load_best
 from vision_gates.engine.run_directory import RunDirectory, atomic_write_text, to_json
 from vision_gates.engine.volume_data import VolumePredictor
 from vision_gates.errors import ConfigError, DataError, UserError
+from vision_gates.volumes.dicom import needs
+from vision_gates.volumes.dicom_seg import write_dicom_seg
 from vision_gates.volumes.preprocessing import prepare, restore_labels
 from vision_gates.volumes.reading import VOLUME_SUFFIXES, find_series, read_volume, stem
 from vision_gates.volumes.writing import write_labels
 
 __all__ = ["SegmentOptions", "find_inputs", "segment"]
 
+_DICOM = ".dcm"  # a DICOM segmentation object
 _CHANNEL = re.compile(r"^(.+)_(\d{4})$")  # nnU-Net's CASE_0000: the first channel
 
 
@@ -100,12 +103,18 @@ def segment(
     for case in cases:
         if case.out.exists() and case.name not in done.rows and not options.overwrite:
             raise UserError(f"{case.out}: exists and is no result of this run; choose another OUT, or overwrite=true")
+        if case.out.name.lower().endswith(_DICOM):
+            if any(path.is_file() for path in case.images):
+                raise ConfigError(
+                    f"{case.out}: a DICOM segmentation needs a DICOM series as input, not {case.images[0]}"
+                )
+            needs("highdicom")
     device = _device(options.device)
     network, weights = load_best(RunDirectory(run_dir), config, info)
     predictor = _predictor(network, config, info, options, device)
     console.print(f"{how_many(len(cases), 'case')}, {config.model.name} from {weights}, {device}", markup=False)
     for number, case in enumerate(cases, start=1):
-        if case.name in done.rows and case.out.exists() and not options.overwrite:
+        if done.has(case) and not options.overwrite:
             console.print(f"{number}/{len(cases)} {case.name}: done before", markup=False)
             continue
         title = f"{number}/{len(cases)} {case.name}"
@@ -134,10 +143,10 @@ def find_inputs(
         )
     if single:
         name = _CHANNEL.sub(r"\1", stem(source) if source.is_file() else source.resolve().name)
-        if out.name.lower().endswith(VOLUME_SUFFIXES):
+        if out.name.lower().endswith((*VOLUME_SUFFIXES, _DICOM)):
             return [_Case(name, (source,), out)], out.parent, f"{stem(out)}_"
         return [_Case(name, (source,), out / f"{name}{options.format}")], out, ""
-    if out.name.lower().endswith(VOLUME_SUFFIXES) or out.is_file():
+    if out.name.lower().endswith((*VOLUME_SUFFIXES, _DICOM)) or out.is_file():
         raise ConfigError(f"OUT={out}: {source} is a folder of cases; give a folder")
     groups: dict[str, dict[int, Path]] = {}
     for path in [*_volumes_in(source), *_dicom_folders(source)]:
@@ -229,7 +238,14 @@ def _segment_case(
             raise UserError(f"{case.images[0]}: {error}") from error
     on_source = restore_labels(labels, prepared.geometry, prepared.source)
     case.out.parent.mkdir(parents=True, exist_ok=True)
-    write_labels(case.out, on_source, prepared.source, names=info.class_names)
+    empty = case.out.name.lower().endswith(_DICOM) and not on_source.any()
+    if empty:
+        console.print(f"{title}: nothing was found, and a DICOM segmentation cannot be empty: none is written")
+    elif case.out.name.lower().endswith(_DICOM):
+        names, model = info.class_names, config.model.name
+        write_dicom_seg(case.out, on_source, case.images[0], names=names, model=model, series=options.series)
+    else:
+        write_labels(case.out, on_source, prepared.source, names=info.class_names)
     counts = np.bincount(on_source.ravel(), minlength=len(info.class_names)).tolist()
     ml = prepared.source.voxel_ml
     seconds = time.perf_counter() - began
@@ -241,7 +257,7 @@ def _segment_case(
         section = case_section(case.name, volumes[0], on_source, prepared, predictor, info)
     row = {
         "images": [str(path) for path in case.images],
-        "mask": str(case.out),
+        "mask": None if empty else str(case.out),
         "shape": list(prepared.source.shape),
         "spacing": list(prepared.source.spacing),
         "voxels": counts,
@@ -287,6 +303,11 @@ class _Journal:
     def section(self, case: str) -> Path:
         """Where the case's part of the report is kept."""
         return self.path("report_parts") / f"{case}.html"
+
+    def has(self, case: _Case) -> bool:
+        """Whether a case is done: noted, and its mask still there if there was one."""
+        row = self.rows.get(case.name)
+        return row is not None and (row["mask"] is None or case.out.exists())
 
     def add(self, case: str, row: dict[str, Any], section: str | None) -> None:
         """Note a finished case, and write the table anew."""

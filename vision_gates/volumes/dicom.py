@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from vision_gates.errors import ConfigError, DataError
 from vision_gates.volumes.geometry import Geometry
 
-__all__ = ["Series", "find_series", "is_dicom", "needs", "open_file", "open_series"]
+__all__ = ["Series", "find_series", "is_dicom", "needs", "open_file", "open_series", "slice_files"]
 
 # What a folder or file opens to: the grid, a function that reads the voxels, the modality.
 Opened = tuple[Geometry, Callable[[], NDArray[np.float32]], str | None]
@@ -85,7 +85,8 @@ def needs(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"this needs {module}: pip install 'vision-gates[volumes]'") from error
+        extra = "dicom-seg" if module.startswith("highdicom") else "volumes"
+        raise ConfigError(f"this needs {module}: pip install 'vision-gates[{extra}]'") from error
 
 
 def find_series(folder: str | Path) -> list[Series]:
@@ -112,6 +113,19 @@ def is_dicom(path: Path) -> bool:
 
 def open_series(folder: Path, uid: str | None) -> Opened:
     """Places the slices of a series; reads no pixels yet. Arguments and errors as `read_volume`."""
+    return _open(folder, _chosen(folder, uid))
+
+
+def slice_files(folder: Path, uid: str | None) -> list[Path]:
+    """The files of a series in the order of the volume's last axis; arguments and errors as `read_volume`."""
+    _, ordered = _stack(folder, _chosen(folder, uid))
+    if any(one.frame is not None for one in ordered):
+        raise DataError(f"{folder}: {ordered[0].name} holds several slices; a file a slice is needed here")
+    return [one.path for one in ordered]
+
+
+def _chosen(folder: Path, uid: str | None) -> list[_Slice]:
+    """The slices of the series that is meant."""
     found = _scan(folder)
     if not found:
         inner = sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -128,7 +142,7 @@ def open_series(folder: Path, uid: str | None) -> Opened:
         more = f"; and {len(listed) - 10} more" if len(listed) > 10 else ""
         problem = "choose one with series=UID" if uid is None else f"none is series={uid!r}"
         raise DataError(f"{folder}: the folder holds {count}, {problem}: {'; '.join(listed[:10])}{more}")
-    return _open(folder, found[uid])
+    return found[uid]
 
 
 def open_file(path: Path) -> Opened:
