@@ -22,7 +22,7 @@ from vision_gates.engine.evaluation import evaluate_run
 from vision_gates.engine.run_directory import read_metrics
 from vision_gates.engine.segmenting import SegmentOptions, segment
 from vision_gates.engine.trainer import Trainer, train
-from vision_gates.volumes.reading import read_labels
+from vision_gates.volumes.reading import read_labels, stem
 from vision_gates.volumes.scoring import score_case
 
 NAMES = ("background", "kernel", "shell")
@@ -281,6 +281,13 @@ def test_segmenting_a_folder_goes_on_where_it_was_stopped(trained, place, tmp_pa
         np.testing.assert_array_equal(
             read_labels(mask).array, nibabel.Nifti1Image.from_bytes(gzip.decompress(content)).get_fdata()
         )
+    # Killed after a mask was written and before that was noted: the mask is this run's, and is made anew.
+    journal = tmp_path / "masks" / "segment.json"
+    content = json.loads(journal.read_text())
+    del content["cases"]["p1_frame02"]
+    journal.write_text(json.dumps(content))
+    assert segment(images, tmp_path / "masks", trained("2d"), options, console=QUIET) == masks
+    assert set(json.loads(journal.read_text())["cases"]) == {stem(mask) for mask in masks}
 
 
 # ---------------------------------------------------------------- what cannot be used

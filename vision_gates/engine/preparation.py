@@ -175,11 +175,7 @@ def describe_input(config: RunConfig, info: RunInfo) -> str:
     if info.volumes is None:
         assert isinstance(config.data, ImageDataConfig)
         return " x ".join(map(str, config.data.image_size))
-    size = " x ".join(map(str, info.volumes.patch_size))
-    spacing = info.volumes.preprocessing.spacing
-    voxel = "" if spacing is None else f" of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm"
-    what = "voxels" if info.volumes.spatial_dims == 3 else f"pixels of slices across {'xyz'[info.volumes.slice_axis]},"
-    return f"{size} {what}{voxel}"
+    return info.volumes.describe()
 
 
 def _try_model(config: RunConfig, info: RunInfo, model: nn.Module, train: Loader, accelerator: Accelerator) -> None:

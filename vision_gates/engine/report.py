@@ -31,6 +31,7 @@ from vision_gates.engine.figures import (
 from vision_gates.engine.gate_views import GateViews, read_gate_views
 from vision_gates.engine.overlays import read_overlays
 from vision_gates.engine.run_directory import RunDirectory, atomic_write_bytes, read_metrics
+from vision_gates.engine.volume_data import VolumeInfo
 from vision_gates.errors import UserError
 from vision_gates.metrics import DEFAULT_MONITOR
 
@@ -275,10 +276,7 @@ def _input_size(data: Mapping[str, Any], info: Mapping[str, Any]) -> str:
     if not volumes:
         size = data.get("image_size", "?")
         return " x ".join(map(str, (size, size) if isinstance(size, int) else size)) + " pixels"
-    spacing = volumes["preprocessing"]["spacing"]
-    voxel = f" of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm" if spacing else ""
-    unit = "voxels" if volumes["spatial_dims"] == 3 else "pixels"
-    return f"{' x '.join(map(str, volumes['patch_size']))} {unit}{voxel}"
+    return VolumeInfo.model_validate(volumes).describe()
 
 
 def _facts(run: RunDirectory, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -9,9 +9,10 @@ import io
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def segment(
     cases, folder, prefix = find_inputs(source, out, options, channels=len(info.segments.channel_names))
     done = _Journal(folder, prefix, run_dir, info, options)
     for case in cases:
-        if case.out.exists() and case.name not in done.rows and not options.overwrite:
+        if case.out.exists() and case.name not in done.begun and not options.overwrite:
             raise UserError(f"{case.out}: exists and is no result of this run; choose another OUT, or overwrite=true")
         if case.out.name.lower().endswith(_DICOM):
             if any(path.is_file() for path in case.images):
@@ -118,7 +119,8 @@ def segment(
             console.print(f"{number}/{len(cases)} {case.name}: done before", markup=False)
             continue
         title = f"{number}/{len(cases)} {case.name}"
-        done.add(case.name, *_segment_case(case, predictor, config, info, options, console, title))
+        begin = partial(done.begin, case.name)
+        done.add(case.name, *_segment_case(case, predictor, config, info, options, console, title, begin))
     console.print(f"volumes: {done.path('volumes.csv')}", markup=False)
     if options.report:
         console.print(f"report: {done.write_report([case.name for case in cases])}", markup=False)
@@ -212,8 +214,9 @@ def _segment_case(
     options: SegmentOptions,
     console: Console,
     title: str,
+    begin: Callable[[], None],
 ) -> tuple[dict[str, Any], str | None]:
-    """Read, predict, write; returns the case's row of the tables and its part of the report."""
+    """Read, predict, ``begin``, write; returns the case's row of the tables and its part of the report."""
     began = time.perf_counter()
     volumes = [read_volume(path, series=options.series) for path in case.images]
     prepared = prepare(predictor.info.preprocessing, volumes)
@@ -237,7 +240,7 @@ def _segment_case(
         except UserError as error:
             raise UserError(f"{case.images[0]}: {error}") from error
     on_source = restore_labels(labels, prepared.geometry, prepared.source)
-    case.out.parent.mkdir(parents=True, exist_ok=True)
+    begin()
     empty = case.out.name.lower().endswith(_DICOM) and not on_source.any()
     if empty:
         console.print(f"{title}: nothing was found, and a DICOM segmentation cannot be empty: none is written")
@@ -283,11 +286,12 @@ class _Journal:
             "options": options.model_dump(mode="json", include={"mirror", "overlap", "precision", "format", "series"}),
         }
         self.rows: dict[str, dict[str, Any]] = {}
+        self.begun: set[str] = set()  # whose masks are this run's, though it may have been stopped before it said so
         path = self.path("segment.json")
         if path.is_file() and not options.overwrite:
             try:
                 before = json.loads(path.read_text(encoding="utf-8"))
-                about, self.rows = before["about"], dict(before["cases"])
+                about, self.rows, self.begun = before["about"], dict(before["cases"]), set(before["begun"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}: damaged ({error}); delete it, or use overwrite=true") from error
             if about != self._about:
@@ -309,20 +313,29 @@ class _Journal:
         row = self.rows.get(case.name)
         return row is not None and (row["mask"] is None or case.out.exists())
 
+    def begin(self, case: str) -> None:
+        """Note a case whose mask is about to be written."""
+        self.begun.add(case)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+
     def add(self, case: str, row: dict[str, Any], section: str | None) -> None:
         """Note a finished case, and write the table anew."""
         self.rows[case] = row
         if section is not None:
             self.section(case).parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(self.section(case), section)
-        content = {"about": self._about, "class_names": list(self._names), "cases": self.rows}
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["case", *(f"{name}_ml" for name in self._names[1:])])
         for name, values in sorted(self.rows.items()):
             writer.writerow([name, *(f"{ml:.3f}" for ml in values["ml"][1 : len(self._names)])])
         atomic_write_text(self.path("volumes.csv"), text.getvalue())
-        atomic_write_text(self.path("segment.json"), to_json(content, indent=1) + "\n")
+        self._write()
+
+    def _write(self) -> None:
+        content = {"about": self._about, "class_names": list(self._names), "begun": sorted(self.begun)}
+        atomic_write_text(self.path("segment.json"), to_json(content | {"cases": self.rows}, indent=1) + "\n")
 
     def write_report(self, cases: Sequence[str]) -> Path:
         """One page of all cases that have pictures."""

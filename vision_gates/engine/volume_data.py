@@ -55,6 +55,13 @@ class VolumeInfo(BaseModel):
     overlap: float = 0.5
     view: str = "RAS"
 
+    def describe(self) -> str:
+        """What the network sees: "48 x 64 x 48 voxels of 1 x 1 x 1 mm"."""
+        what = "voxels" if self.spatial_dims == 3 else f"pixels of slices across {'xyz'[self.slice_axis]},"
+        spacing = self.preprocessing.spacing
+        voxel = "" if spacing is None else f" of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm"
+        return f"{' x '.join(map(str, self.patch_size))} {what}{voxel}"
+
     @property
     def in_chans(self) -> int:
         """Channels of the network's input."""
