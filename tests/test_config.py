@@ -91,6 +91,13 @@ def test_mistakes(overrides, message, also):
 def test_segmentation_mistakes():
     with pytest.raises(ConfigError, match="augment.cutmix: cutmix is for classification"):
         parse("task.type=segmentation", "augment.cutmix=1")
+
+
+def test_steps_for_batches_of_volumes():
+    with pytest.raises(ConfigError, match="augment.batch: is for data.type volumes; use augment.train"):
+        parse("augment.batch=[{Noise: {}}]")
+    with pytest.raises(ConfigError, match="augment.batch: there is no 'Nose'; did you mean Noise"):
+        load_config("segmentation/auto_2d.yaml", ["data.root=x", "augment.batch=[{Nose: {}}]"])
     with pytest.raises(ConfigError, match="model.decoder.chanels: unknown key; nearest valid key: channels"):
         parse("task.type=segmentation", "model.decoder={type: pyramid, chanels: 3}")
     with pytest.raises(ConfigError, match="model.decoder.type: no decoder 'piramid'; nearest: pyramid"):

@@ -6,8 +6,8 @@ import torch
 from vision_gates.config import load_config
 from vision_gates.engine.building import RunInfo, build_model
 from vision_gates.engine.volume_data import VolumeInfo
+from vision_gates.engine.volume_preparation import batch_augmentation
 from vision_gates.errors import ConfigError
-from vision_gates.volumes.augmentation import build_volume_pipeline
 from vision_gates.volumes.preprocessing import ChannelPlan, Preprocessing
 
 
@@ -17,7 +17,6 @@ def test_auto_recipe(recipe, patch, neighbours):
     config = load_config(f"configs/segmentation/{recipe}.yaml", overrides)
     assert config.trainer.run_dir == f"runs/{recipe}" and config.data.root == "anywhere"
     assert config.data.mode == recipe.removeprefix("auto_")
-    assert build_volume_pipeline(config.augment.train).spatial
     volumes = VolumeInfo(
         preprocessing=Preprocessing(spacing=None, channels=(ChannelPlan(kind="zscore"),) * 2),
         spatial_dims=len(patch),
@@ -25,6 +24,7 @@ def test_auto_recipe(recipe, patch, neighbours):
         neighbours=neighbours,
         channel_names=("T1", "T2"),
     )
+    assert all(wide > side for wide, side in zip(batch_augmentation(config, volumes).sample_size, patch, strict=True))
     names = ("background", "a", "b")
     model = build_model(config, RunInfo(names, volumes.in_chans, None, None, None, {}, {}, volumes=volumes)).eval()
     assert volumes.in_chans == 2 * (2 * neighbours + 1)

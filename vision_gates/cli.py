@@ -1,6 +1,7 @@
 """The command line: ``vision-gates COMMAND ...``, and the same functions behind the scripts in tools/.
 
-Each command takes the configuration or run and ``key=value`` overrides, nothing else (segment also ``--checkpoint``).
+Each command takes the configuration or run and ``key=value`` overrides, nothing else (segment also ``--checkpoint``,
+score also ``--tolerance``).
 What a user can mend ends in one line on standard error and exit code 2; a run stopped by Ctrl-C or SIGTERM ends with
 130.
 """
@@ -66,8 +67,9 @@ def evaluate(argv: Sequence[str]) -> int:
 def folds(argv: Sequence[str]) -> int:
     """usage: folds RUN [RUN ...] [out=folds.csv]
 
-    Put the folds of a cross-validation together: mean and standard deviation over folds of the scores that each RUN has
-    on its validation cases (RUN/evaluation/val_summary.json). The runs differ in data.fold:
+    Put the folds of a cross-validation together: of every label mean and standard deviation of the folds' scores, and
+    mean and 95 % interval over all cases, from what each RUN has in RUN/evaluation/val_summary.json and val_cases.csv.
+    The runs differ in data.fold:
         for fold in 0 1 2 3 4; do
             train configs/segmentation/auto_3d.yaml data.root=DATA data.fold=$fold trainer.run_dir=runs/fold$fold
         done
@@ -89,7 +91,9 @@ def folds(argv: Sequence[str]) -> int:
 
         done = summarise_runs(runs, options.get("out", "folds.csv"))
         console = Console(highlight=False, soft_wrap=True)
-        console.print(done.summary.table())
+        over_folds = done.summary.table()
+        over_folds.caption = None  # it stands below the next table
+        console.print(over_folds, done.all_cases.table(), sep="\n")
         for note in done.notes:
             console.print(f"note: {note}", markup=False)
         console.print(f"tables: {done.path}", markup=False)
@@ -105,8 +109,8 @@ def gate_maps(argv: Sequence[str]) -> int:
     coarse to fine, in one PNG. A map has a value between 0 and 1 at each position: bright is open, dark is closed, and
     the headline of a row says what passes where its gates are open.
 
-    RUN is a run directory; its best weights are used. IMAGE is an image file, or a sample of the run's own data by
-    split and number, such as test:0.
+    RUN is a run directory; its best weights are used. IMAGE is an image file (of a run on volumes a volume file
+    or DICOM folder), or a sample of the run's own data by split and number, such as test:0.
         out=gate_maps.png     the picture
         gates=*               only gates whose path in the network matches, such as gates='decoder.*'
     key=value overrides a key of the run's configuration, such as data.image_size:
@@ -145,7 +149,8 @@ def segment(argv: Sequence[str]) -> int:
         segment dicom_folder/ mask.nrrd --checkpoint runs/auto_3d mirror=true
         segment imagesTs/ results/ --checkpoint runs/auto_2d
     Options:
-        mirror=false          true averages the mirror images, too: 4 to 8 times the time, a little better
+        mirror=false          true averages the mirror images, too: 4 to 8 times the time, a little better (the
+                              default of this and the next three is the run's)
         overlap=              of neighbouring windows, 0 to 1; by default as in the run
         batch_size=           windows at a time; lower it where memory runs out
         precision=            no, bf16 or fp16; by default as in the run
@@ -157,7 +162,9 @@ def segment(argv: Sequence[str]) -> int:
     """
 
     def work() -> int:
-        arguments, run = _checkpoint_of(argv)
+        arguments, run = _option(argv, "checkpoint")
+        if not run:
+            raise ConfigError("--checkpoint RUN is needed: the run directory of a network trained on volumes")
         _refuse_flags(arguments)
         from pydantic import ValidationError
 
@@ -184,25 +191,29 @@ def segment(argv: Sequence[str]) -> int:
 
 
 def score(argv: Sequence[str]) -> int:
-    """usage: score PREDICTION TRUTH [names=background,NAME,...] [tolerance=2.0] [out=FOLDER]
+    """usage: score PREDICTION TRUTH [names=background,NAME,...] [--tolerance MM] [out=FOLDER]
 
     Compare masks with the truth: two volume files, or two folders with files of the same names. Dice, HD95, normalised
-    surface Dice (within tolerance, mm), volume error and lesion-wise F1 of every label, with 95 % intervals over cases;
-    misses count. Labels are named as segment named them, or by names=. out= also writes cases.csv, summary.csv and
-    summary.json:
+    surface Dice (NSD), volume error and lesion-wise F1 of every label, with 95 % intervals over cases; misses count.
+        names=                of the labels from 0 on; by default as segment named them
+        --tolerance 2.0       or tolerance=: surfaces this near count as equal in the NSD, mm
+        out=                  folder for cases.csv, summary.csv and summary.json
+    Examples:
         score results/ labelsTs/ out=scores/
+        score mask.nii.gz truth.nii.gz --tolerance 1
     """
 
     def work() -> int:
-        options = dict(text.split("=", 1) for text in argv if text.startswith(("names=", "tolerance=", "out=")))
-        paths = [text for text in argv if not text.startswith(("names=", "tolerance=", "out="))]
-        _refuse_flags(argv)
+        arguments, given = _option(argv, "tolerance")
+        options = dict(text.split("=", 1) for text in arguments if text.startswith(("names=", "out=")))
+        paths = [text for text in arguments if not text.startswith(("names=", "out="))]
+        _refuse_flags(arguments)
         if len(paths) != 2:
             raise ConfigError(f"PREDICTION and TRUTH are needed, found {' '.join(paths) or 'neither'}")
         try:
-            tolerance = float(options.get("tolerance", 2.0))
+            tolerance = 2.0 if given is None else float(given)
         except ValueError as error:
-            raise ConfigError(f"tolerance={options['tolerance']}: a number of millimetres is needed") from error
+            raise ConfigError(f"tolerance={given}: a number of millimetres is needed") from error
         from rich.console import Console
 
         from vision_gates.engine.score_files import score_files
@@ -215,21 +226,19 @@ def score(argv: Sequence[str]) -> int:
     return _guard(work, argv, score)
 
 
-def _checkpoint_of(argv: Sequence[str]) -> tuple[list[str], str]:
-    """The arguments without --checkpoint RUN (or --checkpoint=RUN, or checkpoint=RUN), and the RUN."""
-    rest, run = [], None
+def _option(argv: Sequence[str], name: str) -> tuple[list[str], str | None]:
+    """The arguments without --NAME VALUE (or --NAME=VALUE, or NAME=VALUE), and the last VALUE."""
+    rest, value = [], None
     texts = iter(argv)
     for text in texts:
-        name, equals, value = text.partition("=")
-        if name in ("--checkpoint", "checkpoint") and equals:
-            run = value
-        elif text == "--checkpoint":
-            run = next(texts, None)
+        key, equals, own = text.partition("=")
+        if key in (f"--{name}", name) and equals:
+            value = own
+        elif text == f"--{name}":
+            value = next(texts, "")
         else:
             rest.append(text)
-    if not run:
-        raise ConfigError("--checkpoint RUN is needed: the run directory of a network trained on volumes")
-    return rest, run
+    return rest, value
 
 
 def models(argv: Sequence[str]) -> int:

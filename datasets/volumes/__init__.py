@@ -58,7 +58,11 @@ class Config(DataConfig):
     crop: bool | Literal["auto"] = Field("auto", description="cut empty (zero) borders off")
     samples: int = Field(250, ge=1, description="patches or slices that are an epoch")
     foreground: float = Field(0.5, ge=0, le=1, description="share of the samples centred on a labelled voxel")
-    overlap: float = Field(0.5, ge=0, lt=1, description="of neighbouring windows in validation")
+    overlap: float = Field(0.5, ge=0, lt=1, description="of neighbouring windows in validation and segment")
+    mirror: bool = Field(False, description="average the predictions of mirror images in validation and segment")
+    tolerance_mm: float = Field(
+        2.0, ge=0, allow_inf_nan=False, description="surfaces this near count as equal in the surface Dice (NSD)"
+    )
     cache: str | None = Field(None, description="folder of prepared volumes; null: the user's cache folder")
 
     @field_validator("spacing")

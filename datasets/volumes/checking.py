@@ -307,7 +307,7 @@ def _warnings(report: Report) -> tuple[str, ...]:
     if thin:
         warnings.append(
             f"{how_many(len(thin), 'case')} with fewer than {_THIN} voxels along an axis: {few(thin)}; check that they "
-            f"are volumes"
+            "are volumes: in mode 3d most of a patch around them is zeros, data.mode=2d may suit them better"
         )
     if report.empty:
         warnings.append(f"{len(report.empty):,} of {len(report.cases):,} cases are all background: {few(report.empty)}")

@@ -60,3 +60,18 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert score([str(mask)]) == 2 and "PREDICTION and TRUTH are needed" in capsys.readouterr().err
     assert score([str(mask), str(mask), "tolerance=wide"]) == 2
     assert "tolerance=wide: a number of millimetres" in capsys.readouterr().err
+    for text in ("-1", "nan", "inf"):
+        assert score([str(mask), str(mask), f"tolerance={text}", "out=scores"]) == 2
+        assert f"tolerance={text}: millimetres are needed, 0 or more" in capsys.readouterr().err
+    assert score([str(mask), str(mask), "--tolerance"]) == 2
+    assert "tolerance=: a number of millimetres" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["tolerance=0.5"], ["--tolerance", "0.5"], ["--tolerance=0.5"]])
+def test_tolerance_of_surfaces(tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str]) -> None:
+    mask, truth = _write(tmp_path / "mask.nii.gz", shift=1), _write(tmp_path / "truth.nii.gz")
+    assert score_files(mask, truth).per_label[0]["nsd"] == 1, "all surfaces are within 2 mm"
+    assert score([str(mask), str(truth), *arguments, f"out={tmp_path / 'scores'}"]) == 0
+    assert "NSD 0.5 mm" in capsys.readouterr().out
+    written = json.loads((tmp_path / "scores" / "summary.json").read_text())
+    assert written["tolerance_mm"] == 0.5 and written["per_label"][0]["nsd"] < 1

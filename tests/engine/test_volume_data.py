@@ -64,6 +64,14 @@ def test_patches_in_three_dimensions(case: CachedCase) -> None:
     assert sample["image"][0, 2, 1].tolist() == [54.0, 154.0, 254.0, 354.0, 454.0, 0.0]
 
 
+def test_samples_are_wider_where_batches_are_turned_later(case: CachedCase) -> None:
+    sample = _patches(case, _info(), wide=(12, 10))[0, 0]
+    assert sample["image"].shape == (1, 12, 10) and sample["target"].shape == (12, 10)
+    assert sample["image"][0, 6, 5] == 354.0 and sample["target"].dtype == torch.uint8
+    plain = _patches(case, _info())[0, 0]
+    torch.testing.assert_close(sample["image"][:, 2:10, 1:9], plain["image"])
+
+
 def test_a_sample_is_a_function_of_seed_epoch_and_number(case: CachedCase) -> None:
     steps = [{"RandAffine": {"prob": 1.0, "rotate_range": [0.5]}}, {"RandGaussianNoise": {"prob": 1.0}}]
     info = _info(patch_size=(4, 4))

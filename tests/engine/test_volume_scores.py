@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from vision_gates.metrics import create_metrics
 from vision_gates.volumes.cache import CaseCache
 from vision_gates.volumes.preprocessing import ChannelPlan, Preprocessing, prepare
 from vision_gates.volumes.reading import read_labels, read_volume
-from vision_gates.volumes.scoring import score_case, summarise, write_scores
+from vision_gates.volumes.scoring import Summary, score_case, summarise, write_scores
 
 NAMES = ("background", "<b>organ</b>", "tumour")
 SHAPE, SPACING = (14, 12, 10), (0.8, 1.0, 2.0)
@@ -55,7 +56,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def prepared(folder: Path, *, spacing=None, ignore_index=None) -> tuple[CaseScorer, VolumeCases]:
+def prepared(folder: Path, *, spacing=None, ignore_index=None, tolerance_mm=2.0) -> tuple[CaseScorer, VolumeCases]:
     """All six cases, and what scores them."""
     plan = Preprocessing(spacing=spacing, channels=(ChannelPlan(kind="zscore"),), crop=True)
     cache = CaseCache(folder / "cache", plan.model_dump_json())
@@ -70,9 +71,8 @@ def prepared(folder: Path, *, spacing=None, ignore_index=None) -> tuple[CaseScor
         )
         for f in files
     ]
-    return CaseScorer(cases, files, class_names=NAMES, ignore_index=ignore_index), VolumeCases(
-        cases, [file.name for file in files]
-    )
+    scorer = CaseScorer(cases, files, class_names=NAMES, ignore_index=ignore_index, tolerance_mm=tolerance_mm)
+    return scorer, VolumeCases(cases, [file.name for file in files])
 
 
 def add(scorer: CaseScorer, cases: VolumeCases, index: int, edit=lambda labels: labels) -> None:
@@ -111,6 +111,17 @@ def test_intervals_draw_patients(folder):
     assert done.summary.cases == 6 and done.summary.patients == 3
     assert done.summary == summarise(done.cases, class_names=NAMES, patients={name: name[:2] for name in done.cases})
     assert done.summary.overall["dice_low"] < done.summary.overall["dice"] < done.summary.overall["dice_high"]
+
+
+def test_tolerance_decides_which_surfaces_are_near(folder):
+    found = {}
+    for tolerance in (0.0, 30.0):
+        scorer, cases = prepared(folder, tolerance_mm=tolerance)
+        add(scorer, cases, 0, lambda labels: np.roll(labels, 1, axis=1))
+        summary = scorer.finish().summary
+        assert summary.tolerance_mm == tolerance
+        found[tolerance] = summary.overall["nsd"]
+    assert found[0.0] < 1 == found[30.0]
 
 
 def test_ignored_label_is_not_scored(folder):
@@ -222,7 +233,8 @@ def test_evaluation_writes_scores_and_the_report_shows_them(tmp_path):
     done = Evaluation(metrics.compute(), metrics.rows(), None, [], 1.0, "segmentation", NAMES)
     write_evaluation(run, "val", done)
     before = write_report(run).read_text()
-    assert "grids of their files" not in before and "Val images" in before
+    assert "grids of their files" not in before and "Val cases, on the grid of the network" in before
+    assert "1 case</span>" in before and "images" not in re.sub(r"<style>.*?</style>", "", before)
 
     scores = some_scores(["p0_t0", "p0_t1", "p1_t0"])
     write_evaluation(run, "val", replace(done, scores=scores))
@@ -278,8 +290,24 @@ def test_folds(runs, capfd):
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == [*NAMES[1:], "all labels"]
     assert [row["n"] for row in rows] == ["6", "6", "6"] and rows[1]["missed"] == "3"
+    # Over all cases, as if they had been scored at once; two cases a patient.
+    every = {name: rows for run in runs for name, rows in scores_of(run).items()}
+    whole = summarise(every, class_names=NAMES, patients={name: name[:2] for name in every})
+    assert (whole.cases, whole.patients) == (6, 3)
+    for row, own in zip(rows, [*whole.per_label, whole.overall], strict=True):
+        assert float(row["dice_cases"]) == pytest.approx(own["dice"])
+        assert float(row["hd95_mm_cases_low"]) == pytest.approx(own["hd95_mm_low"])
+        assert float(row["nsd_cases_high"]) == pytest.approx(own["nsd_high"])
+    assert Summary(**content["all_cases"]) == whole and whole.notes[0] in rows[2]["convention"]
+    assert "6 cases of 3 patients: mean, 95 % interval" in out and out.count(whole.convention[:40]) == 1
     assert float(rows[2]["dice"]) == content["overall"]["dice"]
     assert rows[2]["convention"].startswith("Mean over cases") and not rows[0]["convention"]
+
+
+def scores_of(run: str) -> dict[str, list[dict]]:
+    """As `some_scores` made them."""
+    fold = int(run[-1])
+    return some_scores([f"p{fold}_t0", f"p{fold}_t1"], shift=2 - (fold > 0)).cases
 
 
 def test_missing_folds_are_said(runs, capfd):
@@ -301,6 +329,11 @@ def test_what_are_no_folds(runs, capfd):
     make_run(Path("finer"), Scores(scores.cases, replace(scores.summary, tolerance_mm=1.0)), fold=1)
     shutil.copytree("fold1", "damaged")
     Path("damaged/evaluation/val_summary.json").write_text("{")
+    for name, text in (("headless", "a,b\n1,2\n"), ("cut", "case,label,name,status\np1_t0,one,a,scored\n")):
+        shutil.copytree("fold1", name)
+        Path(name, "evaluation/val_cases.csv").write_text(text)
+    shutil.copytree("fold1", "caseless")
+    Path("caseless/evaluation/val_cases.csv").unlink()
     before = sorted(Path().rglob("*"))
     for argv, words in (
         ([], ["a RUN is needed"]),
@@ -316,6 +349,8 @@ def test_what_are_no_folds(runs, capfd):
         (["fold0", "again"], ["case p0_t1 was validated on in fold 1 and in fold 0"]),
         (["fold0", "finer"], ["different labels or tolerances"]),
         (["fold0", "damaged"], ["damaged/evaluation/val_summary.json", "evaluate the run again"]),
+        *((["fold0", name], [f"{name}/evaluation/val_cases.csv: cannot be read"]) for name in ("headless", "cut")),
+        (["fold0", "caseless"], ["caseless/evaluation/val_cases.csv", "evaluate the run again"]),
         (["fold0", "out=folds.txt"], ["out=folds.txt", ".csv"]),
         (["fold0", "out=fold1/config.yaml/folds.csv"], ["cannot be written"]),
         (["fold0", "fold=3"], ["fold: no such option"]),

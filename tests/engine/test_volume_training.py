@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from vision_gates.volumes.scoring import score_case
 NAMES = ("background", "kernel", "shell")
 MODES = {"3d": ("auto_3d", ()), "2d": ("auto_2d", ()), "2.5d": ("auto_2d", ("data.neighbours=1",))}
 TINY = (
-    "model.options={widths: [4, 8], norm: instance, deep_supervision: separate}",
+    "model.options={widths: [4, 8, 8], norm: instance, deep_supervision: separate}",
     "schedule.epochs=2",
     "schedule.warmup_epochs=0",
     "trainer.eval_every=1",
@@ -135,7 +136,7 @@ def scores(run: Path) -> dict[str, Any]:
     """The evaluation, all files of it."""
     folder = run / "evaluation"
     evaluation = json.loads((folder / "val.json").read_text())
-    files = ("val.csv", "val_cases.csv", "val_summary.csv", "val_summary.json", "val_overlays.npz")
+    files = ("val.csv", "val_cases.csv", "val_summary.csv", "val_summary.json", "val_overlays.npz", "val_gates.npz")
     return {file: (folder / file).read_bytes() for file in files} | {
         "val.json": {key: value for key, value in evaluation.items() if key not in ("seconds", "run")}
     }
@@ -191,6 +192,12 @@ def test_scores_of_cases(trained, mode):
         "One patient",
     ):
         assert text in page, text
+    assert "2 cases<" in page and "images" not in re.sub(
+        r"<style>.*?</style>|<pre>.*?</pre>", "", page, flags=re.DOTALL
+    )
+    planes = ["axial", "coronal", "sagittal"] if mode == "3d" else ["axial"]
+    assert re.findall(r'<p class="plane">(\w+), slice', page) == planes * 2, "of two cases"
+    assert page.count("attention gate, gate 1 of 1") == 2 and "in a window of 16 x 16" in page
     log = (run / "log.txt").read_text()
     assert "val, on the grids of the files, 2 cases of 1 patient" in log and "HD95 mm" in log
 
@@ -382,9 +389,12 @@ def test_segmenting_refuses_a_truncated_file(fails, trained, place, tmp_path):
     fails(["segment", "scan.nii.gz", "mask.nii.gz", "--checkpoint", str(trained("3d"))], "scan.nii.gz")
 
 
-@pytest.mark.parametrize("thin", [(20, 2, 12), (20, 18, 2)])
+THIN = [(2, 18, 12), (20, 2, 12), (20, 18, 2)]
+
+
+@pytest.mark.parametrize("thin", [*THIN, (1, 18, 12), (20, 18, 1)], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_volume_of_two_slices_is_segmented(trained, place, tmp_path, mode, thin):
+def test_a_volume_of_one_or_two_slices_is_segmented(trained, place, tmp_path, mode, thin):
     """Thinner than a patch, than a kernel and than what the network divides by, it is padded."""
     shutil.copy(place / "data" / "imagesTr" / "p0_frame01_0000.nii.gz", tmp_path / "thin.nii.gz")
     change(tmp_path / "thin.nii.gz", lambda a: a[tuple(map(slice, thin))])
@@ -392,18 +402,44 @@ def test_a_volume_of_two_slices_is_segmented(trained, place, tmp_path, mode, thi
         tmp_path / "thin.nii.gz", tmp_path / "mask.nii.gz", trained(mode), SegmentOptions(device="cpu"), console=QUIET
     )
     assert nibabel.load(mask).shape == thin
+    page = (tmp_path / "mask_report.html").read_text()
+    assert all(f"{plane}, slice" in page for plane in ("axial", "coronal", "sagittal"))
 
 
 @pytest.mark.parametrize("recipe", ["auto_3d", "auto_2d"])
-def test_volumes_of_two_slices_are_trained_on(tmp_path, recipe):
-    """With a warning."""
+@pytest.mark.parametrize("axis", range(3))
+def test_volumes_of_two_slices_are_trained_on(tmp_path, recipe, axis):
+    """All of them, or one among others, with a warning that names them."""
     root = write_dataset(tmp_path / "data")
-    for path in root.glob("*/*.nii.gz"):
-        change(path, lambda a: a[:, :, 5:7])
+    thin = "p1_frame02" if axis == 0 else "*"
+    for path in [*root.glob(f"imagesTr/{thin}_0000.nii.gz"), *root.glob(f"labelsTr/{thin}.nii.gz")]:
+        change(path, lambda a: a.take(range(6, 8), axis=axis))
     where = (f"data.root={root}", f"data.cache={tmp_path / 'cache'}", f"trainer.run_dir={tmp_path / 'run'}")
     run = train(load_config(f"segmentation/{recipe}.yaml", [*TINY, *where, "schedule.epochs=1"]), console=QUIET)
-    assert "warning: 6 cases with fewer than 4 voxels along an axis" in (run / "log.txt").read_text()
+    log, size = (run / "log.txt").read_text(), " x ".join(map(str, THIN[axis]))
+    which = "1 case" if axis == 0 else "6 cases", "p1_frame02" if axis == 0 else "p0_frame01"
+    assert f"warning: {which[0]} with fewer than 4 voxels along an axis: {which[1]} ({size})" in log
     assert np.isfinite(json.loads((run / "evaluation" / "val_summary.json").read_text())["overall"]["hd95_mm"])
+    assert "Val cases" in (run / "report.html").read_text()
+
+
+def test_gate_maps_of_a_volume(trained, place, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    scan = place / "data" / "imagesTr" / "p0_frame01_0000.nii.gz"
+    for mode in ("3d", "2.5d"):
+        assert cli.main(["gate-maps", str(trained(mode)), "val:1", str(scan), f"out={mode}.png"]) == 0
+        assert Path(f"{mode}.png").read_bytes().startswith(b"\x89PNG")
+    before = sorted(tmp_path.iterdir())
+    for argv, words in (
+        (["val:2"], "there are train:0 to train:3, val:0 to val:1"),
+        (["nowhere.nii.gz"], "nowhere.nii.gz"),
+        (["val:0", "gates=encoder.*"], "no gate is called 'encoder.*'; there are"),
+    ):
+        capfd.readouterr()
+        assert cli.main(["gate-maps", str(trained("3d")), *argv]) == 2
+        err = capfd.readouterr().err
+        assert len(err.splitlines()) == 1 and words in err, err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def write_series(folder: Path, *, leave_out: int | None = None) -> None:

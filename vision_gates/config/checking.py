@@ -138,6 +138,10 @@ def cross_checks(config: RunConfig) -> Iterator[tuple[str, str]]:
                 yield f"augment.{key}", f"{key} is for classification; set it to 0"
             if config.data.batch_size % 2:
                 yield "data.batch_size", f"{key} needs an even batch size, found {config.data.batch_size}"
+    if config.trainer.cuda_graph and optim.accumulate > 1:
+        yield "trainer.cuda_graph", f"cannot go with optim.accumulate={optim.accumulate}; use a larger data.batch_size"
+    if config.augment.batch and config.data.augmented_by != "monai":
+        yield "augment.batch", "is for data.type volumes; use augment.train"
     known = [str(name) for name in timm.optim.list_optimizers()]
     if optim.name.lower().removeprefix("lookahead_") not in known:
         yield "optim.name", f"no optimiser {optim.name!r}; nearest: {nearest(optim.name, known)}"

@@ -17,6 +17,7 @@ from vision_gates.errors import ConfigError
 from vision_gates.metrics import DEFAULT_MONITOR
 from vision_gates.networks import available_networks
 from vision_gates.volumes.augmentation import build_volume_pipeline
+from vision_gates.volumes.batch_augmentation import build_batch_augmentation
 
 __all__ = ["dump_config", "find_config", "load_config", "parse_config", "save_config"]
 
@@ -155,12 +156,13 @@ def parse_config(raw: Any, overrides: Sequence[str] = (), *, source: str = "conf
     for key, problem in cross_checks(config):
         raise origin.error(key, problem)
     build = build_volume_pipeline if config.data.augmented_by == "monai" else build_pipeline
-    for part in ("train", "eval"):
-        try:
+    try:
+        for part in ("train", "eval"):
             build(getattr(config.augment, part), key=f"augment.{part}")
-        except ConfigError as error:
-            key, _, problem = str(error).partition(": ")
-            raise origin.error(key, problem) from error
+        build_batch_augmentation(config.augment.batch, size=(1, 1, 1))
+    except ConfigError as error:
+        key, _, problem = str(error).partition(": ")
+        raise origin.error(key, problem) from error
     return config
 
 

@@ -142,7 +142,7 @@ class ScheduleConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Augmentation: pipelines of albumentations, of volumes MONAI; mixup/cutmix on batches of classification."""
+    """Augmentation: of samples in the workers, of batches on the device that trains."""
 
     train: tuple[dict[str, dict[str, Any] | None], ...] = Field(
         default=(),
@@ -151,6 +151,11 @@ class AugmentConfig(Section):
     )
     eval: tuple[dict[str, dict[str, Any] | None], ...] = Field(
         default=(), description="albumentations transforms of validation and test images."
+    )
+    batch: tuple[dict[str, dict[str, Any] | None], ...] = Field(
+        default=(),
+        description="Volumes: transforms of whole training batches on the device, each {Name: {field: value}}: "
+        "Spatial, Noise, Blur, Brightness, Contrast, BiasField, LowResolution, Gamma.",
     )
     mixup: float = Field(default=0.0, ge=0, description="Mixup alpha; 0: off.")
     cutmix: float = Field(default=0.0, ge=0, description="CutMix alpha; 0: off.")
@@ -188,7 +193,12 @@ class TrainerConfig(Section):
     checkpoint_steps: int | None = Field(default=None, ge=1, description="Updates between checkpoints within an epoch.")
     deterministic: bool = Field(default=True, description="Deterministic algorithms on the GPU (slower).")
     log_every: int = Field(default=10, ge=1, description="Updates between log lines.")
-    compile: bool = Field(default=False, description="torch.compile the network.")
+    compile: bool = Field(default=False, description="torch.compile the network and the loss.")
+    cuda_graph: bool = Field(
+        default=False,
+        description="Replay forward and backward pass as one CUDA graph, with compile or without: on one GPU, where "
+        "launches take longer than the work.",
+    )
     channels_last: bool = Field(
         default=False, description="Lay out images and weights with channels last: faster convolutions on a GPU."
     )

@@ -20,18 +20,23 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     """Accelerate for the configured device and precision, in one process or in those that torchrun started.
 
     Raises:
-        ConfigError: The device cannot compute in that precision.
+        ConfigError: The device cannot compute in that precision, or has no CUDA graphs.
     """
     trainer = config.trainer
     on_gpu = trainer.device == "auto" and torch.cuda.is_available()
     if trainer.precision == "fp16" and not on_gpu:
         raise ConfigError("trainer.precision=fp16: needs a GPU; on the CPU use bf16 or no")
+    if trainer.cuda_graph and not on_gpu:
+        raise ConfigError("trainer.cuda_graph=true: needs a GPU; set it to false")
     # Accelerate keeps its settings in singletons meant for one run a process; a second run may want others.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     try:
-        return Accelerator(mixed_precision=trainer.precision, cpu=trainer.device == "cpu")
+        accelerator = Accelerator(mixed_precision=trainer.precision, cpu=trainer.device == "cpu")
     except ValueError as error:
         raise ConfigError(f"trainer.precision={trainer.precision}: {' '.join(str(error).split())}") from error
+    if trainer.cuda_graph and accelerator.num_processes > 1:
+        raise ConfigError(f"trainer.cuda_graph=true: is for one process, there are {accelerator.num_processes}")
+    return accelerator
 
 
 @contextmanager

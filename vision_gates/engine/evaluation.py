@@ -137,8 +137,7 @@ def evaluate_model(
             std=std,
             ignore_index=ignore,
             classes=len(metrics.class_names),
-            # Gates of a network for volumes have maps that are volumes; of a slice there are pictures.
-            inputs=bool(gates_of(model)) and (whole is None or whole.info.spatial_dims == 2),
+            inputs=whole is None and bool(gates_of(model)),  # of a volume ``displayed`` says what is kept
         )
     total, count = 0.0, 0
     was_training = model.training
@@ -265,6 +264,7 @@ def _content(evaluation: Evaluation, split: str) -> dict[str, Any]:
         "split": split,
         "task": evaluation.task,
         "images": result.images,
+        "noun": "images" if evaluation.scores is None else "cases",
         "class_names": list(evaluation.class_names),
         "metrics": result.metrics,
         "loss": evaluation.loss,
@@ -396,11 +396,11 @@ def evaluation_table(evaluation: Evaluation | str | Path) -> Table:
     else:
         content = json.loads(Path(evaluation).read_text(encoding="utf-8"))
     overall = ", ".join(f"{METRIC_LABELS[key]} {_cell(value)}" for key, value in content["metrics"].items())
-    where = f"{content['split']}, " if content["split"] else ""
+    where, noun = f"{content['split']}, " if content["split"] else "", content.get("noun", "images")
     # Text, not markup: a class may be called "[red]".
     table = Table(
-        title=Text(f"{where}{content['images']:,} images: {overall}", style="bold"),
-        caption=Text("\n".join([content["convention"], *content["notes"]]), style="dim"),
+        title=Text(f"{where}{content['images']:,} {noun}: {overall}", style="bold"),
+        caption=Text("\n".join([content["convention"].replace("images", noun), *content["notes"]]), style="dim"),
         title_justify="left",
         caption_justify="left",
     )

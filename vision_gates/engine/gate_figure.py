@@ -4,7 +4,7 @@ import fnmatch
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,18 +13,24 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from vision_gates.config import RunConfig
 from vision_gates.datasets.base import Sample, Split, load_splits
 from vision_gates.datasets.images import read_image, set_channels
-from vision_gates.engine.building import RunInfo, build_loader, load_run
+from vision_gates.datasets.volumes import CaseSplit
+from vision_gates.engine.building import RunInfo, build_loader, labeller, load_run
 from vision_gates.engine.evaluation import load_best
 from vision_gates.engine.figures import class_colour, heat_alpha, heat_colours
 from vision_gates.engine.gate_views import GateTable, GateView, Neighbourhood, gate_tables, gate_views, neighbourhoods
+from vision_gates.engine.gate_window import gate_window
 from vision_gates.engine.overlays import display_image
 from vision_gates.engine.run_directory import RunDirectory
+from vision_gates.engine.volume_data import VolumePredictor
 from vision_gates.errors import ConfigError, UserError
-from vision_gates.gate_maps import record_gate_maps
+from vision_gates.gate_maps import GateMap, collect_gate_maps, record_gate_maps
+from vision_gates.volumes.preprocessing import prepare
+from vision_gates.volumes.reading import read_volume
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +57,8 @@ def draw_gate_maps(
 
     Args:
         run_dir: Run directory; its best weights are used.
-        images: Image files, or samples of the run's data such as "test:3".
+        images: Image files, or samples of the run's data such as "test:3"; of a run on volumes also files and DICOM
+            folders of one channel. Of a volume one window is shown, in the slice with most label.
         out: PNG file to write.
         gates: Pattern of the gates' names, such as "decoder.*".
         overrides: ``key=value`` changes of the run's configuration.
@@ -68,24 +75,18 @@ def draw_gate_maps(
     config, info = load_run(run_dir, list(overrides))
     model, _ = load_best(RunDirectory(run_dir), config, info)
     model.eval()
-    shown, found = [], []
-    for image in images:
-        batch = _batch(image, config, info)
-        with torch.no_grad(), record_gate_maps(model) as maps:
-            output = model(batch["image"])
-        chosen = [m for m in maps if fnmatch.fnmatch(m.name, gates)]
+    look = _of_image if info.volumes is None else _of_volume
+    shown = [look(image, model, config, info) for image in images]
+    for one in shown:
+        chosen = [m for m in one.maps if fnmatch.fnmatch(m.name, gates)]
         if not chosen:
-            known = ", ".join(m.name for m in maps)
-            what = f"no gate is called {gates!r}; there are {known}" if maps else f"{config.model.name} has no gates"
+            known = ", ".join(m.name for m in one.maps)
+            what = (
+                f"no gate is called {gates!r}; there are {known}" if one.maps else f"{config.model.name} has no gates"
+            )
             raise UserError(f"gates={gates}: {what}")
-        found.append(chosen)
-        shown.append((batch["name"][0], batch["image"][0], output[0]))
-    divisor = getattr(model, "divisor", 1)
-    views = [
-        gate_views(maps, (image.shape[-2], image.shape[-1]), divisor=divisor)
-        for maps, (_, image, _) in zip(found, shown, strict=True)
-    ]
-    figure = _figure(shown, views, gate_tables(found), neighbourhoods(found[0]), info)
+        one.maps[:] = chosen
+    figure = _figure(shown, gate_tables([one.maps for one in shown]), neighbourhoods(shown[0].maps))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.partial")
     figure.savefig(partial, format="png", dpi=110)
@@ -93,19 +94,70 @@ def draw_gate_maps(
     return out
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """One image or slice: its picture (H, W, 3), the panels before its gates' maps, the maps, and views of them."""
+
+    picture: NDArray[np.float32]
+    panels: list[tuple[Any, str]]
+    maps: list[GateMap]
+    views: Callable[[list[GateMap]], list[GateView]]
+
+
+def _of_image(image: str, model: nn.Module, config: RunConfig, info: RunInfo) -> _Shown:
+    batch = _batch(image, config, info)
+    with torch.no_grad(), record_gate_maps(model) as maps:
+        output = model(batch["image"])
+    image_CHW, name = batch["image"][0], batch["name"][0]
+    picture = _rgb(display_image(image_CHW.cpu(), info.mean, info.std))
+    size, divisor = (image_CHW.shape[-2], image_CHW.shape[-1]), getattr(model, "divisor", 1)
+    panels = _prediction(picture, output[0], name, info)
+    return _Shown(picture, panels, maps, lambda chosen: gate_views(chosen, size, divisor=divisor))
+
+
+def _of_volume(image: str, model: nn.Module, config: RunConfig, info: RunInfo) -> _Shown:
+    assert info.volumes is not None
+    place = _place(image, config)
+    if place is not None:
+        split, index = place
+        assert isinstance(split, CaseSplit)
+        files, _ = split.read_case(index)
+        name = f"{image}, {split.names[index]}"
+    else:
+        channels = len(info.volumes.channel_names)
+        if channels > 1:
+            raise UserError(f"{image}: the network has {channels} channels; name a sample of its data, such as val:0")
+        files, name = [read_volume(Path(image).expanduser())], Path(image).name
+    prepared = prepare(info.volumes.preprocessing, files)
+    predictor = labeller(config, info, model, device=torch.device("cpu"))
+    assert isinstance(predictor, VolumePredictor)
+    labels = predictor.predict(prepared.image)
+    window = gate_window(model, info.volumes, prepared.image, prepared.geometry, labels, name=name)
+    picture = _rgb(window.picture["image"].astype(np.float32) / np.float32(255))
+    mask = cv2.resize(window.picture["prediction"], picture.shape[1::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    about = f"{name}\n{window.plane.name}, {window.plane.letters[0]} on the left"
+    panels = [(picture, about), (_Prediction(_tinted(picture, mask), info.class_names[1:]), "prediction")]
+    return _Shown(picture, panels, collect_gate_maps(model, window.input_1C), window.views)
+
+
+def _place(image: str, config: RunConfig) -> tuple[Split, int] | None:
+    """The part and the number in it that "test:3" means; None for what is no sample of the run's data."""
+    place = re.fullmatch(r"(train|val|test):(\d+)", image)
+    if place is None:
+        return None
+    splits = dict(load_splits(config.data).items())
+    if place[1] not in splits or int(place[2]) >= len(splits[place[1]]):
+        there = ", ".join(f"{name}:0 to {name}:{len(split) - 1}" for name, split in splits.items())
+        raise UserError(f"{image}: there is no such sample of data.type={config.data.type}; there are {there}")
+    return splits[place[1]], int(place[2])
+
+
 class _One(Split):
     """One image: a file, or a sample of the run's data such as "test:3"."""
 
     def __init__(self, image: str, config: RunConfig, in_chans: int) -> None:
         self.names, self._in_chans = [image], in_chans
-        self._source: tuple[Split, int] | None = None
-        place = re.fullmatch(r"(train|val|test):(\d+)", image)
-        if place is not None:
-            splits = dict(load_splits(config.data).items())
-            if place[1] not in splits or int(place[2]) >= len(splits[place[1]]):
-                there = ", ".join(f"{name}:0 to {name}:{len(split) - 1}" for name, split in splits.items())
-                raise UserError(f"{image}: there is no such sample of data.type={config.data.type}; there are {there}")
-            self._source = splits[place[1]], int(place[2])
+        self._source = _place(image, config)
 
     def read(self, index: int) -> Sample:
         if self._source is not None:
@@ -132,23 +184,16 @@ def _batch(image: str, config: RunConfig, info: RunInfo) -> dict[str, Any]:
 # ---------------------------------------------------------------- drawing
 
 
-def _figure(
-    shown: Sequence[tuple[str, torch.Tensor, torch.Tensor]],
-    views: Sequence[Sequence[GateView]],
-    tables: Sequence[GateTable],
-    near: Sequence[Neighbourhood],
-    info: RunInfo,
-) -> "Figure":
+def _figure(shown: Sequence[_Shown], tables: Sequence[GateTable], near: Sequence[Neighbourhood]) -> "Figure":
     """Rows of panels: of each image one a kind of gate, the decoder's first; at the end what holds for all of them."""
     rows: list[tuple[str, list[tuple[Any, str]]]] = []
-    for (name, image_CHW, output), of_image in zip(shown, views, strict=True):
-        picture = _rgb(display_image(image_CHW.cpu(), info.mean, info.std))
+    for one in shown:
         kinds: dict[str, list[GateView]] = {}
-        for view in of_image:
+        for view in one.views(one.maps):
             kinds.setdefault(view.kind, []).append(view)
-        panels = _prediction(picture, output, name, info)
+        panels = one.panels
         for kind, gates in reversed(kinds.items()):  # nearest to the prediction first
-            rows.append((f"{kind}: {gates[0].meaning}", panels + [(_over(picture, v), _title(v)) for v in gates]))
+            rows.append((f"{kind}: {gates[0].meaning}", panels + [(_over(one.picture, v), _title(v)) for v in gates]))
             panels = [(None, "")] * len(panels)
         if not kinds:
             rows.append(("", panels))
@@ -265,8 +310,12 @@ def _prediction(picture: NDArray[np.float32], output: torch.Tensor, name: str, i
         label = int(p.argmax())
         return [(picture, f"{name}\npredicted {info.class_names[label]}, {float(p[label]):.0%}")]
     labels_HW = output.argmax(dim=0).cpu().numpy()
+    return [(picture, name), (_Prediction(_tinted(picture, labels_HW), info.class_names[1:]), "prediction")]
+
+
+def _tinted(picture: NDArray[np.float32], labels_HW: NDArray[Any]) -> NDArray[np.float32]:
     tinted = picture.copy()
     for label in np.unique(labels_HW[labels_HW > 0]):
         colour = np.frombuffer(bytes.fromhex(class_colour(int(label))[1:]), dtype=np.uint8) / np.float32(255)
         tinted[labels_HW == label] = 0.35 * picture[labels_HW == label] + 0.65 * colour
-    return [(picture, name), (_Prediction(tinted, info.class_names[1:]), "prediction")]
+    return tinted

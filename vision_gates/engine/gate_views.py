@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,21 @@ class Neighbourhood:
 
 @dataclass(frozen=True)
 class GateViews:
-    """What a report shows of the gates. ``samples``: a sample's index in the split -> its views."""
+    """What a report shows of the gates.
+
+    Attributes:
+        samples: A sample's index in the split -> its views.
+        tables: Of kinds with several maps.
+        neighbourhoods: Of gates that attend by position.
+        pictures: A sample's index -> the picture below its views, where that is not the sample's own: of a volume the
+            part of a slice that one window of the network covers; dicts with ``name``, ``image`` (uint8),
+            ``prediction`` and ``letters``.
+    """
 
     samples: dict[int, list[GateView]] = field(default_factory=dict)
     tables: list[GateTable] = field(default_factory=list)
     neighbourhoods: list[Neighbourhood] = field(default_factory=list)
+    pictures: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------- choosing and shrinking
@@ -190,7 +200,8 @@ def observe_gates(
 
     Args:
         model: The network; its mode is put back.
-        overlays: Samples that a report shows, with their ``input`` (C, H, W); up to half of those taken are the worst.
+        overlays: Samples that a report shows, with their ``input``: an image (C, H, W), or the `GateWindow` of a
+            volume. Up to half of those taken are the worst.
         task: "segmentation" (4 samples) or "classification" (2).
         device: Where the network is.
         autocast: Makes a fresh context in which it runs.
@@ -198,25 +209,30 @@ def observe_gates(
     overlays = list(overlays)
     worst = [o for o in overlays if o["worst"]][: _SAMPLES[task] // 2]
     taken = [o for o in overlays if not o["worst"]][: _SAMPLES[task] - len(worst)] + worst
-    samples: dict[int, list[GateView]] = {}
-    found: list[list[GateMap]] = []
+    views, found = GateViews(), []
     was_training = model.training
     model.eval()
     try:
         for overlay in taken:
-            image_CHW = overlay["input"]
+            seen, index = overlay["input"], overlay["index"]
+            image_1C = seen[None] if isinstance(seen, Tensor) else seen.input_1C
             with autocast():
-                maps = collect_gate_maps(model, image_CHW[None].to(device))
+                maps = collect_gate_maps(model, image_1C.to(device))
             if not maps:
                 return None
             found.append(maps)
-            size = (image_CHW.shape[-2], image_CHW.shape[-1])
-            samples[overlay["index"]] = gate_views(maps, size, divisor=getattr(model, "divisor", 1))
+            if isinstance(seen, Tensor):
+                size = (seen.shape[-2], seen.shape[-1])
+                shown = gate_views(maps, size, divisor=getattr(model, "divisor", 1))
+            else:
+                shown, views.pictures[index] = seen.views(maps), seen.picture
+            if shown:
+                views.samples[index] = shown
     finally:
         model.train(was_training)
     if not found:
         return None
-    return GateViews({k: views for k, views in samples.items() if views}, gate_tables(found), neighbourhoods(found[0]))
+    return replace(views, tables=gate_tables(found), neighbourhoods=neighbourhoods(found[0]))
 
 
 # ---------------------------------------------------------------- file
@@ -237,7 +253,11 @@ def pack_gate_views(views: GateViews) -> bytes:
         ],
         "tables": [vars(table) for table in views.tables],
         "neighbourhoods": [words(n, f"neighbourhood_{i}") for i, n in enumerate(views.neighbourhoods)],
+        "pictures": [{"index": i, "name": p["name"], "letters": p["letters"]} for i, p in views.pictures.items()],
     }
+    for index, picture in views.pictures.items():
+        arrays[f"image_{index}"] = picture["image"]
+        arrays[f"prediction_{index}"] = np.asarray(picture["prediction"], dtype=np.uint16)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
@@ -261,4 +281,8 @@ def read_gate_views(path: Path) -> GateViews:
             },
             [GateTable(**table) for table in about["tables"]],
             [Neighbourhood(**n, values=values(f"neighbourhood_{i}")) for i, n in enumerate(about["neighbourhoods"])],
+            {
+                words["index"]: {**words, **{key: arrays[f"{key}_{words['index']}"] for key in ("image", "prediction")}}
+                for words in about.get("pictures", ())  # files of before have none
+            },
         )

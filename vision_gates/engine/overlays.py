@@ -3,19 +3,25 @@
 An overlay is a dict with ``name``, ``index``, ``image`` ((H, W) or (H, W, 3), stretched for display), ``target`` and
 ``prediction`` ((H, W) labels, or a class index), ``score`` (mean foreground Dice, or the probability of the predicted
 class; None where undefined) and ``worst`` (bool).
+
+Of a case that is a volume, image, target and prediction are a slice, and there is more: ``caption`` (which slice),
+``letters`` (of the patient's sides at the left, right, upper and lower side of the picture) and ``further``, its other
+planes: dicts with these five keys.
 """
 
 import heapq
 import io
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from vision_gates.engine.slices import SamplePlane
 
 __all__ = ["MAX_SIDE", "UNSCORED", "OverlayCollector", "display_image", "pack_overlays", "read_overlays"]
 
@@ -37,7 +43,7 @@ class OverlayCollector:
         mean, std: Per-channel normalisation to undo; None: the images are only stretched.
         ignore_index: Label whose pixels are not scored.
         classes: How many there are.
-        inputs: Keep each sample's input of the network, too, as ``input``.
+        inputs: Keep each image's input of the network, too, as ``input``; of a volume the batch says what is kept.
     """
 
     def __init__(
@@ -63,7 +69,11 @@ class OverlayCollector:
         self._worst: list[tuple[float, int, dict[str, Any]]] = []
 
     def add(self, batch: Mapping[str, Any], output: Tensor, badness: Sequence[float | None]) -> None:
-        """Look at a batch, its logits (or labels) and what `Metrics.update` returned for it."""
+        """Look at a batch, its logits (or labels) and what `Metrics.update` returned for it.
+
+        A batch of volumes has their pictures with it: ``planes``, a list of `SamplePlane` a case, and perhaps
+        ``input``; see `VolumePredictor.displayed`.
+        """
         for i, bad in enumerate(badness):
             index = int(batch["index"][i])
             rank = (-1.0 if bad is None else bad, -index)  # of equally bad samples the first in the split
@@ -82,26 +92,33 @@ class OverlayCollector:
                     heapq.heappop(self._worst)
 
     def _entry(self, batch: Mapping[str, Any], output: Tensor, i: int, bad: float | None) -> dict[str, Any]:
+        entry: dict[str, Any] = {"name": str(batch["name"][i]), "index": int(batch["index"][i]), "badness": bad}
+        if "planes" in batch:
+            if "input" in batch:
+                entry["input"] = batch["input"][i]
+            first, *further = (self._plane(plane) for plane in batch["planes"][i])
+            return entry | first | {"further": further, "score": None if bad is None else 1.0 - bad}
         image_CHW, target = batch["image"][i].float().cpu(), batch["target"][i].cpu()
         stride = math.ceil(max(image_CHW.shape[-2:]) / MAX_SIDE)
-        entry: dict[str, Any] = {
-            "name": str(batch["name"][i]),
-            "index": int(batch["index"][i]),
-            "image": display_image(image_CHW[:, ::stride, ::stride], self._mean, self._std),
-            "badness": bad,
-        }
+        entry["image"] = display_image(image_CHW[:, ::stride, ::stride], self._mean, self._std)
         if self._inputs:
             entry["input"] = batch["image"][i].cpu().clone()  # a view would keep the whole batch
         if target.ndim:
             prediction_HW = (output[i].argmax(dim=0) if output.is_floating_point() else output[i]).cpu()
-            masks = {"target": target[::stride, ::stride], "prediction": prediction_HW[::stride, ::stride]}
-            scored = (masks["target"] >= 0) & (masks["target"] < self._classes) & (masks["target"] != self._ignore)
-            masks["target"] = torch.where(scored, masks["target"], UNSCORED)
-            arrays = {key: mask.numpy().astype(np.uint16) for key, mask in masks.items()}
-            return entry | arrays | {"score": None if bad is None else 1.0 - bad}
+            masks = target[::stride, ::stride].numpy(), prediction_HW[::stride, ::stride].numpy()
+            return entry | self._masks(*masks) | {"score": None if bad is None else 1.0 - bad}
         p_C = output[i].cpu().double().softmax(dim=0)  # cpu first: not every device has float64
         label = int(p_C.argmax())
         return entry | {"target": int(target), "prediction": label, "score": float(p_C[label])}
+
+    def _plane(self, plane: SamplePlane) -> dict[str, Any]:
+        masks = self._masks(plane.target_HW, plane.prediction_HW)
+        return {"image": plane.image_HW, "caption": plane.caption, "letters": plane.letters} | masks
+
+    def _masks(self, target_HW: NDArray[Any], prediction_HW: NDArray[Any]) -> dict[str, NDArray[np.uint16]]:
+        scored = (target_HW >= 0) & (target_HW < self._classes) & (target_HW != self._ignore)
+        target_HW = np.where(scored, target_HW, UNSCORED)
+        return {"target": target_HW.astype(np.uint16), "prediction": prediction_HW.astype(np.uint16)}
 
     def finish(self) -> list[dict[str, Any]]:
         """The overlays of this process."""
@@ -146,25 +163,41 @@ def pack_overlays(overlays: Sequence[Mapping[str, Any]]) -> bytes:
         "score": np.array([math.nan if o["score"] is None else o["score"] for o in overlays]),
         "worst": np.array([o["worst"] for o in overlays], dtype=bool),
     }
+    words = {}  # of volumes
     for i, overlay in enumerate(overlays):
-        arrays[f"image_{i}"] = (np.asarray(overlay["image"]) * 255.0 + 0.5).astype(np.uint8)
-        arrays[f"target_{i}"] = np.asarray(overlay["target"], dtype=np.uint16)
-        arrays[f"prediction_{i}"] = np.asarray(overlay["prediction"], dtype=np.uint16)
+        for key, picture in _pictures(overlay, str(i)):
+            arrays[f"image_{key}"] = (np.asarray(picture["image"]) * 255.0 + 0.5).astype(np.uint8)
+            arrays[f"target_{key}"] = np.asarray(picture["target"], dtype=np.uint16)
+            arrays[f"prediction_{key}"] = np.asarray(picture["prediction"], dtype=np.uint16)
+            if "caption" in picture:
+                words[key] = [picture["caption"], picture["letters"]]
+    if words:
+        arrays["words"] = np.array(json.dumps(words))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
+def _pictures(overlay: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """An overlay and its further planes, each with its key in the file."""
+    return [(key, overlay), *((f"{key}_{n}", plane) for n, plane in enumerate(overlay.get("further", ()), start=1))]
+
+
 def read_overlays(path: Path) -> list[dict[str, Any]]:
     """Overlays as `pack_overlays` stored them; a class index comes back as an array of shape ()."""
     with np.load(path, allow_pickle=False) as arrays:
-        return [
-            {
-                "name": str(arrays["names"][i]),
-                "index": int(arrays["index"][i]),
-                "score": None if math.isnan(arrays["score"][i]) else float(arrays["score"][i]),
-                "worst": bool(arrays["worst"][i]),
-                **{key: arrays[f"{key}_{i}"] for key in ("image", "target", "prediction")},
-            }
-            for i in range(len(arrays["names"]))
-        ]
+        words = json.loads(str(arrays["words"])) if "words" in arrays else {}
+
+        def picture(key: str) -> dict[str, Any]:
+            about = dict(zip(("caption", "letters"), words[key], strict=True)) if key in words else {}
+            return about | {name: arrays[f"{name}_{key}"] for name in ("image", "target", "prediction")}
+
+        overlays = []
+        for i, name in enumerate(arrays["names"]):
+            score = float(arrays["score"][i])
+            about = {"name": str(name), "index": int(arrays["index"][i]), "worst": bool(arrays["worst"][i])}
+            overlay = about | {"score": None if math.isnan(score) else score, **picture(str(i))}
+            if str(i) in words:
+                overlay["further"] = [picture(key) for key in words if key.startswith(f"{i}_")]
+            overlays.append(overlay)
+        return overlays

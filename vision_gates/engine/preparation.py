@@ -22,8 +22,9 @@ from vision_gates.engine.data import Loader, derive_seed
 from vision_gates.engine.progress import Display
 from vision_gates.engine.run_directory import RunDirectory
 from vision_gates.engine.volume_data import VolumeInfo
-from vision_gates.engine.volume_preparation import check_volumes, plan_volumes, prepared_cases
+from vision_gates.engine.volume_preparation import batch_augmentation, check_volumes, plan_volumes, prepared_cases
 from vision_gates.errors import ConfigError, UserError
+from vision_gates.volumes.batch_augmentation import BatchAugmentation
 
 __all__ = ["Parts", "check_run_directory", "is_finished", "prepare"]
 
@@ -40,6 +41,7 @@ class Parts:
     train: Loader
     val: Loader
     test: Loader | None
+    augment: BatchAugmentation | None = None
 
 
 def check_run_directory(run: RunDirectory, config: RunConfig) -> bool:
@@ -118,11 +120,12 @@ def prepare(config: RunConfig, accelerator: Accelerator, display: Display) -> Pa
         test = build_loader(config, splits.test, info, train=False, pin_memory=pin, **share)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = build_model(config, info)
-    _try_model(config, info, model, train, accelerator)
+    augment = None if volumes is None or not config.augment.batch else batch_augmentation(config, volumes)
+    _try_model(config, info, model, train, augment, accelerator)
     _summarise(config, splits, info, model, train, accelerator, display)
     for warning in statistics.warnings:
         display.say(f"warning: {warning}")
-    return Parts(info, model, train, val, test)
+    return Parts(info, model, train, val, test, augment)
 
 
 def _preflight(splits: DataSplits, config: RunConfig, accelerator: Accelerator, display: Display) -> Statistics:
@@ -178,7 +181,14 @@ def describe_input(config: RunConfig, info: RunInfo) -> str:
     return info.volumes.describe()
 
 
-def _try_model(config: RunConfig, info: RunInfo, model: nn.Module, train: Loader, accelerator: Accelerator) -> None:
+def _try_model(
+    config: RunConfig,
+    info: RunInfo,
+    model: nn.Module,
+    train: Loader,
+    augment: BatchAugmentation | None,
+    accelerator: Accelerator,
+) -> None:
     """A forward pass and a loss on up to 4 training images, so that a misfit shows before training."""
     samples: list[dict[str, Any]] = []
     for index in range(min(4, len(train.dataset))):
@@ -188,6 +198,8 @@ def _try_model(config: RunConfig, info: RunInfo, model: nn.Module, train: Loader
         samples.append(sample)
     image = torch.stack([sample["image"] for sample in samples]).to(accelerator.device)
     target = torch.stack([sample["target"] for sample in samples]).to(accelerator.device)
+    if augment is not None:
+        image, target = augment(image, target, seed=0)
     model.to(accelerator.device).eval()  # eval: batch statistics stay as they are
     expected = (len(image), len(info.class_names), *target.shape[1:])
     shares = config.task.deep_supervision_weights if config.task.type == "segmentation" else None

@@ -5,37 +5,27 @@ curves alone take a few milliseconds. All text that comes from outside (file nam
 escaped.
 """
 
-import html
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
-from vision_gates.engine.figures import (
-    Series,
-    class_colour,
-    confusion_matrix,
-    error_mask,
-    heat_bar,
-    heat_mask,
-    heat_table,
-    label_mask,
-    line_chart,
-    png_uri,
-)
-from vision_gates.engine.gate_views import GateViews, read_gate_views
+from vision_gates.datasets.base import how_many
+from vision_gates.engine.figures import Series, class_colour, confusion_matrix, line_chart
+from vision_gates.engine.gate_views import read_gate_views
 from vision_gates.engine.overlays import read_overlays
+from vision_gates.engine.page_style import PAGE_STYLE, escaped
+from vision_gates.engine.report_pictures import gallery, gates_section, samples
 from vision_gates.engine.run_directory import RunDirectory, atomic_write_bytes, read_metrics
 from vision_gates.engine.volume_data import VolumeInfo
 from vision_gates.errors import UserError
 from vision_gates.metrics import DEFAULT_MONITOR
 
-__all__ = ["CLASS_COLUMNS", "METRIC_LABELS", "PAGE_STYLE", "gates_section", "write_report"]
+__all__ = ["CLASS_COLUMNS", "METRIC_LABELS", "write_report"]
 
 METRIC_LABELS = {
     "dice": "Dice",
@@ -69,84 +59,6 @@ _CASE_COLUMNS = (
     ("lesion_f1", "lesion F1", 3),
 )
 _SUMMARY = "_summary"  # ends the name of a file of scores of whole cases
-_GALLERY_KEY = "Predicted class and its probability; the true class where it is another."
-
-PAGE_STYLE = """
-:root{color-scheme:light dark;--page:#f4f6f8;--card:#fff;--ink:#17202b;--soft:#5a6675;--rule:#e1e6eb;--fill:#eef2f5;
---a:#0072b2;--b:#d55e00;--c:#009e73;--warn:#8a5a00}
-@media(prefers-color-scheme:dark){:root{--page:#0e1318;--card:#171d24;--ink:#e7ecf1;--soft:#9aa7b5;--rule:#2a333d;
---fill:#222a33;--a:#56b4e9;--b:#e69f00;--c:#2fc59a;--warn:#f0c060}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-nums}
-main{max-width:1120px;margin:0 auto;padding:36px 24px 64px}
-header{display:flex;flex-wrap:wrap;gap:20px 48px;align-items:flex-end;justify-content:space-between;margin-bottom:26px}
-h1{font-size:29px;line-height:1.2;margin:0 0 4px;overflow-wrap:anywhere}
-h2{font-size:18px;margin:0 0 14px}h3{font-size:14px;margin:24px 0 10px}
-p{margin:0 0 12px}.soft{color:var(--soft)}.small{font-size:13px}.note{color:var(--warn);font-size:13px}
-.hero{display:flex;gap:14px;align-items:flex-end}.hero b{font-size:50px;line-height:1;font-weight:650;color:var(--a)}
-.hero span{color:var(--soft);font-size:14px;line-height:1.35}
-section{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:22px 24px;margin-bottom:20px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:12px;margin-bottom:20px}
-.tile{background:var(--fill);border-radius:9px;padding:10px 14px}.tile b{display:block;font-size:22px;font-weight:600}
-.tile span{color:var(--soft);font-size:13px}
-dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:0 40px;margin:0}
-dl div{display:flex;gap:14px;padding:7px 0;border-bottom:1px solid var(--rule)}
-dt{flex:0 0 96px;color:var(--soft)}dd{margin:0;overflow-wrap:anywhere;min-width:0}dl .wide{grid-column:1/-1}
-code,pre{font:12.5px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-pre{overflow:auto;margin:14px 0 0;background:var(--fill);border-radius:9px;padding:14px 16px}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:24px 30px}
-svg{display:block;width:100%;height:auto;overflow:visible}
-svg text{fill:var(--soft);font-size:11px}svg .title{fill:var(--ink);font-size:13px;font-weight:600}
-svg .key,svg .name{fill:var(--ink)}svg .grid{stroke:var(--rule)}svg .mark{stroke:var(--soft);stroke-dasharray:3 3}
-svg .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
-svg .line.a{stroke:var(--a)}svg .line.b{stroke:var(--b)}svg .line.c{stroke:var(--c)}
-svg .dot.a{fill:var(--a)}svg .dot.b{fill:var(--b)}svg .dot.c{fill:var(--c)}
-svg .frame{fill:var(--fill)}svg .hit{fill:var(--a)}svg .slip{fill:var(--b)}
-svg .count{fill:var(--ink)}svg .count.strong{fill:var(--card);font-weight:600}svg .pixels{image-rendering:pixelated}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%}th,td{text-align:right;padding:7px 12px;border-bottom:1px solid var(--rule)}
-th{color:var(--soft);font-weight:500;font-size:13px;white-space:nowrap}
-th:first-child,td:first-child{text-align:left;padding-left:0}tr.minor td{color:var(--soft)}
-td{white-space:nowrap}td:first-child{white-space:normal;min-width:120px}
-td i{display:inline-block;width:64px;height:6px;border-radius:3px;margin-right:10px;vertical-align:2px;background:
-linear-gradient(var(--a),var(--a)) 0/var(--w) 100% no-repeat var(--fill)}
-.split{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:36px;align-items:start}
-.stack{display:grid;gap:24px}.stack .matrix{margin:0 auto}
-@media(max-width:860px){.split{grid-template-columns:1fr}}
-.legend{display:flex;flex-wrap:wrap;gap:6px 20px;margin:0 0 16px;font-size:13px}
-.swatch{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:7px;vertical-align:-1px}
-.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(500px,1fr));gap:22px 30px}
-@media(max-width:600px){.samples{grid-template-columns:1fr}}
-figure{margin:0;min-width:0}.views{display:grid;grid-template-columns:repeat(4,1fr);gap:4px}
-.view{position:relative;aspect-ratio:var(--shape);background:#000 var(--image) center/100% 100% no-repeat;
-border-radius:4px;overflow:hidden}
-.view img{position:absolute;inset:0;width:100%;height:100%;image-rendering:pixelated}.view:hover img{opacity:0}
-figcaption{font-size:13px;margin-top:6px;overflow-wrap:anywhere;line-height:1.4}
-.heads{display:grid;grid-template-columns:repeat(4,1fr);gap:4px;color:var(--soft);font-size:12px;margin-bottom:3px}
-.badge{display:inline-block;border-radius:4px;padding:0 7px;margin-right:8px;font-size:12px;background:var(--b);
-color:var(--card);font-weight:600}
-.gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:18px}
-.gallery img{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:#000;border-radius:6px}
-.gallery .tiny{image-rendering:pixelated}
-.maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:12px 8px;font-size:12px;
-line-height:1.35}.maps .view img{image-rendering:auto}.maps .view .cells{image-rendering:pixelated}
-.maps .heats::before{content:"";position:absolute;inset:0;background:inherit;filter:grayscale(1)}
-.maps .heats:hover::before{opacity:0}
-.maps p{margin:4px 0 0}.gates figure{margin-bottom:22px}
-.bar{display:flex;flex-wrap:wrap;align-items:center;gap:4px 10px;font-size:13px;margin:0 0 16px}
-.bar i{width:150px;height:11px;border-radius:3px}
-.heat{width:auto;margin-bottom:14px}.heat td{text-align:center;border:2px solid var(--card);border-radius:5px;
-padding:5px 12px}.heat th{text-align:center;border:0}
-.heat td:first-child{text-align:left;min-width:0;white-space:nowrap}
-.wrong{color:var(--b);font-weight:600}.right{color:var(--a);font-weight:600}
-summary{cursor:pointer;font-weight:600;font-size:18px}footer{color:var(--soft);font-size:13px;text-align:center}
-"""
-
-
-def _text(value: Any) -> str:
-    """Escaped text."""
-    return html.escape(str(value))
 
 
 def _number(value: Any, digits: int = 4) -> str:
@@ -198,10 +110,10 @@ def write_report(run_dir: str | Path) -> Path:
         _header(run, config, rows, evaluations, best),
         _facts(run, config, rows),
         _curves(rows, config, best),
-        *(_cases(run, str(evaluation["split"])) + _evaluation(run, evaluation) for evaluation in evaluations),
-        f"<section><details><summary>Configuration</summary><pre>{_text(config_text)}</pre></details></section>",
+        *(_cases(run, str(one["split"])) + _evaluation(run, one, noun=_noun(config)) for one in evaluations),
+        f"<section><details><summary>Configuration</summary><pre>{escaped(config_text)}</pre></details></section>",
     ]
-    name = _text(run.path.resolve().name)
+    name = escaped(run.path.resolve().name)
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width,initial-scale=1"><title>{name} - vision_gates</title>'
@@ -228,6 +140,11 @@ def _best_row(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> M
     return max(scored, key=lambda row: sign * row["val"][key], default=None)
 
 
+def _noun(config: Mapping[str, Any]) -> str:
+    """What one sample of an evaluation is."""
+    return "case" if config["data"]["type"] == "volumes" else "image"
+
+
 def _header(
     run: RunDirectory,
     config: Mapping[str, Any],
@@ -240,8 +157,13 @@ def _header(
     value, what = None, ""
     if evaluations:
         first = evaluations[0]
-        value = first["metrics"].get(key)
-        what = f"{METRIC_LABELS[key]} on {first['split']}<br>{first['images']:,} images"
+        summary = _read_json(run.evaluation / f"{first['split']}{_SUMMARY}.json")
+        value = summary["overall"][key] if summary else first["metrics"].get(key)
+        many = how_many(first["images"], _noun(config))
+        what = f"{METRIC_LABELS[key]} on {first['split']}<br>{many}"
+        if summary and summary["overall"][f"{key}_low"] is not None:
+            between = " to ".join(_number(summary["overall"][f"{key}_{end}"], 3) for end in ("low", "high"))
+            what = f"{METRIC_LABELS[key]} on {first['split']}, {many}<br>95 % interval {between}"
     elif best is not None:
         value = best["val"].get(key)
         what = f"{METRIC_LABELS[key]} on val<br>best so far, epoch {best['epoch']}"
@@ -249,8 +171,8 @@ def _header(
     hero = f'<div class="hero"><b>{_number(value)}</b><span>{what}</span></div>' if what else ""
     about = f"{config['task']['type']} · {config['data']['type']} · {config['model']['name']} · {state}"
     return (
-        f"<header><div><h1>{_text(run.path.resolve().name)}</h1>"
-        f'<div class="soft">{_text(about)}</div></div>{hero}</header>'
+        f"<header><div><h1>{escaped(run.path.resolve().name)}</h1>"
+        f'<div class="soft">{escaped(about)}</div></div>{hero}</header>'
     )
 
 
@@ -284,7 +206,7 @@ def _facts(run: RunDirectory, config: Mapping[str, Any], rows: Sequence[Mapping[
     data, model, optim = config["data"], config["model"], config.get("optim") or {}
     facts: list[tuple[str, str]] = []
     images = ", ".join(f"{count:,} {split}" for split, count in (info.get("images") or {}).items())
-    facts.append(("data", f"{data['type']}{f': {images} images' if images else ''}"))
+    facts.append(("data", f"{data['type']}{f': {images} {_noun(config)}s' if images else ''}"))
     if info:
         names = info["class_names"]
         listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
@@ -305,7 +227,9 @@ def _facts(run: RunDirectory, config: Mapping[str, Any], rows: Sequence[Mapping[
     if rows:
         seconds = sum(row["seconds"] for row in rows)
         speed = rows[-1].get("images_per_second")
-        facts.append(("training", _duration(seconds) + (f", {speed:,.0f} images/s" if speed else "")))
+        sample = {"2d": "slices", "3d": "patches"}.get(str(data.get("mode")), "images")
+        rate = f", {speed:,.{0 if speed >= 10 else 1}f} {sample}/s" if speed else ""
+        facts.append(("training", _duration(seconds) + rate))
     if environment:
         versions = [("vision_gates", environment.get("vision_gates")), ("Python", environment.get("python"))]
         versions += [(k, v) for k, v in (environment.get("versions") or {}).items() if k in ("torch", "timm", "numpy")]
@@ -318,7 +242,7 @@ def _facts(run: RunDirectory, config: Mapping[str, Any], rows: Sequence[Mapping[
             facts.append(("command", " ".join(map(str, environment["command"]))))
     items = "".join(
         f"<div{' class=wide' if key == 'command' else ''}><dt>{key}</dt><dd>"
-        f"{f'<code>{_text(value)}</code>' if key in ('command', 'commit') else _text(value)}</dd></div>"
+        f"{f'<code>{escaped(value)}</code>' if key in ('command', 'commit') else escaped(value)}</dd></div>"
         for key, value in facts
     )
     return f"<section><h2>Run</h2><dl>{items}</dl></section>"
@@ -350,42 +274,39 @@ def _curves(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], best: 
 # ---------------------------------------------------------------- evaluation
 
 
-def _evaluation(run: RunDirectory, evaluation: Mapping[str, Any]) -> str:
+def _evaluation(run: RunDirectory, evaluation: Mapping[str, Any], *, noun: str) -> str:
     """Section of one split: numbers, classes, pictures."""
     split = str(evaluation["split"])
     path = run.evaluation / f"{split}_overlays.npz"
     overlays = read_overlays(path) if path.is_file() else []
     tiles = "".join(
-        f'<div class="tile"><b>{_number(value)}</b><span>{_text(METRIC_LABELS.get(key, key))}</span></div>'
+        f'<div class="tile"><b>{_number(value)}</b><span>{escaped(METRIC_LABELS.get(key, key))}</span></div>'
         for key, value in evaluation["metrics"].items()
     )
-    tiles += f'<div class="tile"><b>{evaluation["images"]:,}</b><span>images</span></div>'
-    notes = "".join(f'<p class="note">{_text(note)}</p>' for note in evaluation["notes"])
-    table = (
-        _class_table(evaluation) + f'<p class="small soft" style="margin-top:12px">{_text(evaluation["convention"])}'
-    )
-    table += f"</p>{notes}"
+    tiles += f'<div class="tile"><b>{evaluation["images"]:,}</b><span>{noun}s</span></div>'
+    notes = "".join(f'<p class="note">{escaped(note)}</p>' for note in evaluation["notes"])
+    convention = str(evaluation["convention"]).replace("image", noun)
+    table = _class_table(evaluation) + f'<p class="small soft" style="margin-top:12px">{escaped(convention)}</p>{notes}'
     if evaluation["task"] == "classification":
         matrix = confusion_matrix(evaluation["confusion"], evaluation["class_names"])
         # Side by side where both fit: many classes or long names need the whole width.
         narrow = len(evaluation["class_names"]) <= 12 and max(map(len, evaluation["class_names"])) <= 14
         pair = f"<div>{matrix}</div><div>{table}</div>"
-        body = f'<div class="{"split" if narrow else "stack"}">{pair}</div>{_gallery(overlays, evaluation)}'
+        body = f'<div class="{"split" if narrow else "stack"}">{pair}</div>{gallery(overlays, evaluation)}'
     else:
-        body = table + _samples(overlays, evaluation)
+        body = table + samples(overlays, evaluation)
     gates = run.evaluation / f"{split}_gates.npz"
     if gates.is_file():
-        body += gates_section(read_gate_views(gates), overlays, evaluation)
-    title = f"{split.capitalize()} images" if split in ("test", "val", "train") else split
-    if (run.evaluation / f"{split}{_SUMMARY}.json").is_file():
-        title = f"{split.capitalize()} cases, on the grid of the network"
-    return f'<section><h2>{_text(title)}</h2><div class="tiles">{tiles}</div>{body}</section>'
+        about = {"task": evaluation["task"], "class_names": evaluation["class_names"]}
+        body += gates_section(read_gate_views(gates), overlays, **about)
+    title = f"{split.capitalize()} {noun}s" + (", on the grid of the network" if noun == "case" else "")
+    return f'<section><h2>{escaped(title)}</h2><div class="tiles">{tiles}</div>{body}</section>'
 
 
 def _class_table(evaluation: Mapping[str, Any]) -> str:
     columns = CLASS_COLUMNS[evaluation["task"]]
     segments = evaluation["task"] == "segmentation"
-    head = "".join(f"<th>{_text(METRIC_LABELS[key])}</th>" for key in columns)
+    head = "".join(f"<th>{escaped(METRIC_LABELS[key])}</th>" for key in columns)
     body = []
     for label, row in enumerate(evaluation["per_class"]):
         swatch = ""
@@ -401,7 +322,7 @@ def _class_table(evaluation: Mapping[str, Any]) -> str:
             digits = 4 if segments else 3
             cells.append(f"<td>{bar}{_number(value, digits)}</td>")
         minor = ' class="minor"' if segments and label == 0 else ""
-        body.append(f"<tr{minor}><td>{swatch}{_text(row['name'])}</td>{''.join(cells)}</tr>")
+        body.append(f"<tr{minor}><td>{swatch}{escaped(row['name'])}</td>{''.join(cells)}</tr>")
     table = f'<div class="scroll"><table><tr><th>class</th>{head}</tr>{"".join(body)}</table></div>'
     if len(body) > 60:
         return f"<details><summary>{len(body)} classes</summary>{table}</details>"
@@ -416,13 +337,13 @@ def _cases(run: RunDirectory, split: str) -> str:
     overall = summary["overall"]
     columns = [(key, label.format(summary["tolerance_mm"]), digits) for key, label, digits in _CASE_COLUMNS]
     tiles = "".join(
-        f'<div class="tile"><b>{_number(overall[key], digits)}</b><span>{_text(label)}</span></div>'
+        f'<div class="tile"><b>{_number(overall[key], digits)}</b><span>{escaped(label)}</span></div>'
         for key, label, digits in columns
         if not key.startswith("volume")
     )
     for kind in ("cases", "patients"):
         tiles += f'<div class="tile"><b>{summary[kind]:,}</b><span>{kind}</span></div>'
-    head = "".join(f"<th>{_text(label)}</th>" for _, label, _ in columns)
+    head = "".join(f"<th>{escaped(label)}</th>" for _, label, _ in columns)
     body = []
     for row in (*summary["per_label"], overall):
         colour = class_colour(row["label"]) if row["label"] else "transparent"
@@ -432,132 +353,12 @@ def _cases(run: RunDirectory, split: str) -> str:
             between = "" if low is None else f"{_number(low, digits)} to {_number(high, digits)}"
             cells += f'<td>{_number(row[key], digits)}<div class="soft small">{between}</div></td>'
         swatch = f'<span class="swatch" style="background:{colour}"></span>'
-        body.append(f"<tr><td>{swatch}{_text(row['name'])}</td>{cells}</tr>")
+        body.append(f"<tr><td>{swatch}{escaped(row['name'])}</td>{cells}</tr>")
     about = f"Intervals of 95 % over patients; every case is in evaluation/{split}_cases.csv. {summary['convention']}"
-    notes = "".join(f'<p class="note">{_text(note)}</p>' for note in summary["notes"])
+    notes = "".join(f'<p class="note">{escaped(note)}</p>' for note in summary["notes"])
     return (
-        f"<section><h2>{_text(split.capitalize())} cases, on the grids of their files</h2>"
+        f"<section><h2>{escaped(split.capitalize())} cases, on the grids of their files</h2>"
         f'<div class="tiles">{tiles}</div><div class="scroll"><table><tr><th>label</th><th>N</th>'
         f"<th>missed + false</th>{head}</tr>{''.join(body)}</table></div>"
-        f'<p class="small soft" style="margin-top:12px">{_text(about)}</p>{notes}</section>'
+        f'<p class="small soft" style="margin-top:12px">{escaped(about)}</p>{notes}</section>'
     )
-
-
-def _samples(overlays: Iterable[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> str:
-    """Image, truth, prediction and errors of each segmentation sample."""
-    overlays = list(overlays)
-    if not overlays:
-        return ""
-    names = evaluation["class_names"]
-    shown = {int(label) for o in overlays for key in ("target", "prediction") for label in np.unique(o[key])}
-    legend = "".join(
-        f'<span><span class="swatch" style="background:{class_colour(label)}"></span>{_text(names[label])}</span>'
-        for label in sorted(shown)
-        if 0 < label < len(names)
-    )
-    legend += '<span><span class="swatch" style="background:#ff4081"></span>wrong class</span>'
-    heads = "".join(f"<span>{head}</span>" for head in ("image", "truth", "prediction", "errors"))
-    figures = []
-    for o in overlays:
-        height, width = o["image"].shape[:2]
-        # The picture is stored once, as a property that all four views use as their background.
-        frame = f"--image:url({png_uri(o['image'])});--shape:{width}/{height}"
-        masks = ["", label_mask(o["target"], len(names)), label_mask(o["prediction"], len(names))]
-        masks.append(error_mask(o["target"], o["prediction"], len(names)))
-        layers = [f'<img alt="" src="{mask}">' if mask else "" for mask in masks]
-        views = "".join(f'<div class="view">{layer}</div>' for layer in layers)
-        badge = '<span class="badge">worst</span>' if o["worst"] else ""
-        score = f"Dice {o['score']:.3f}" if o["score"] is not None else "nothing to find, nothing found"
-        figures.append(
-            f'<figure style="{frame}"><div class="heads">{heads}</div>'
-            f'<div class="views">{views}</div><figcaption>{badge}{score} <span class="soft">{_text(o["name"])}</span>'
-            "</figcaption></figure>"
-        )
-    return (
-        '<h3>Samples</h3><p class="small soft">Evenly spaced over the split, then the worst by mean Dice of the '
-        f'foreground classes. Point at a view to see the image below its mask.</p><div class="legend">{legend}</div>'
-        f'<div class="samples">{"".join(figures)}</div>'
-    )
-
-
-def _gallery(overlays: Iterable[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> str:
-    """The most confident mistakes, then evenly spaced samples."""
-    names, overlays = evaluation["class_names"], list(overlays)
-    parts = []
-    for worst, title in ((True, "Most confident mistakes"), (False, "Evenly spaced samples")):
-        figures = []
-        for o in (o for o in overlays if o["worst"] == worst):
-            target, prediction = int(o["target"]), int(o["prediction"])
-            style = "right" if target == prediction else "wrong"
-            tiny = ' class="tiny"' if max(o["image"].shape[:2]) < 64 else ""
-            truth = "" if target == prediction else f", truth {_text(names[target])}"
-            figures.append(
-                f'<figure><img{tiny} alt="" src="{png_uri(o["image"])}"><figcaption><span class="{style}">'
-                f"{_text(names[prediction])}</span> ({o['score']:.0%}){truth}<br>"
-                f'<span class="soft">{_text(o["name"])}</span></figcaption></figure>'
-            )
-        if figures:
-            parts.append(
-                f'<h3>{title}</h3><p class="small soft">{_GALLERY_KEY}</p><div class="gallery">{"".join(figures)}</div>'
-            )
-    return "".join(parts)
-
-
-# ---------------------------------------------------------------- gates
-
-
-def gates_section(gates: GateViews, overlays: Iterable[Mapping[str, Any]], evaluation: Mapping[str, Any]) -> str:
-    """What the gates did: maps over a few samples, openness of heads, neighbourhoods."""
-    shown = {o["index"]: o for o in overlays}
-    figures = [_gate_figure(shown[i], views, evaluation) for i, views in gates.samples.items() if i in shown]
-    parts = []
-    if figures:
-        meanings = {view.kind: view.meaning for views in gates.samples.values() for view in views}
-        parts.append(_meanings(meanings))
-        parts.append(heat_bar("(dark)", "(bright)"))
-        parts.append(
-            '<p class="small soft">The colours always span 0 to 1; the numbers below a map are its smallest and '
-            f"largest value. Point at a view to see the image below.</p>{''.join(figures)}"
-        )
-    for table in gates.tables:
-        rows = [f"layer {i}" for i in range(1, len(table.names) + 1)]
-        columns = [f"{table.unit} {i}" for i in range(1, len(table.values[0]) + 1)]
-        heat = heat_table(table.values, rows=rows, columns=columns, titles=table.names)
-        parts.append(f"<h3>{_text(table.kind).capitalize()}, {_text(table.unit)} by {_text(table.unit)}</h3>")
-        parts.append(f"{_meanings({table.kind: table.meaning})}{heat}")
-    for near in gates.neighbourhoods:
-        frame = f"--image:none;--shape:{near.values.shape[2]}/{near.values.shape[1]}"
-        views = "".join(
-            f'<div><div class="view"><img class="cells" alt="" src="{heat_mask(values, opaque=True)}"></div>'
-            f"<p>{_text(near.unit)} {i}</p></div>"
-            for i, values in enumerate(near.values, start=1)
-        )
-        title = f"Where {_text(near.title)} looks by position, from the middle of the grid"
-        parts.append(f'<h3 title="{_text(near.name)}">{title}</h3><div class="maps" style="{frame}">{views}</div>')
-    return f'<div class="gates"><h3>What the gates do</h3>{"".join(parts)}</div>' if parts else ""
-
-
-def _meanings(meanings: Mapping[str, str]) -> str:
-    return "".join(f'<p class="small"><b>{_text(kind)}</b>: {_text(text)}.</p>' for kind, text in meanings.items())
-
-
-def _gate_figure(overlay: Mapping[str, Any], views: Iterable[Any], evaluation: Mapping[str, Any]) -> str:
-    """The image (with its prediction, in segmentation) and the gates' maps over it."""
-    names = evaluation["class_names"]
-    height, width = overlay["image"].shape[:2]
-    if evaluation["task"] == "segmentation":
-        mask = f'<img alt="" src="{label_mask(overlay["prediction"], len(names))}">'
-        about = "image and prediction"
-    else:
-        mask, about = "", f"image, predicted {names[int(overlay['prediction'])]}"
-    cells = [f'<div><div class="view">{mask}</div><p>{_text(about)}</p></div>']
-    for view in views:
-        low, high = float(view.values.min()), float(view.values.max())
-        cells.append(
-            f'<div><div class="view heats"><img alt="" src="{heat_mask(view.values)}"></div>'
-            f'<p title="{_text(view.name)}">{_text(view.kind)}, {_text(view.title)}<br><span class="soft">'
-            f"{view.grid[0]} x {view.grid[1]} positions, {low:.2f} to {high:.2f}</span></p></div>"
-        )
-    frame = f"--image:url({png_uri(overlay['image'])});--shape:{width}/{height}"
-    caption = f'<figcaption class="soft">{_text(overlay["name"])}</figcaption>'
-    return f'<figure style="{frame}"><div class="maps">{"".join(cells)}</div>{caption}</figure>'

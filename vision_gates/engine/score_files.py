@@ -1,6 +1,7 @@
 """What ``vision-gates score`` does: compare masks in files with the truth in files."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,8 +34,10 @@ def score_files(
 
     Raises:
         DataError: a file is missing or cannot be read, or a pair lies on different grids.
-        ConfigError: a file beside a folder.
+        ConfigError: a file beside a folder, or a tolerance that is no number of millimetres.
     """
+    if not 0 <= tolerance_mm < math.inf:
+        raise ConfigError(f"tolerance={tolerance_mm:g}: millimetres are needed, 0 or more")
     pairs = _pairs(Path(prediction).expanduser(), Path(truth).expanduser())
     masks = {}
     for name, (mask_path, truth_path) in pairs.items():

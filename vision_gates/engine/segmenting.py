@@ -46,8 +46,9 @@ class SegmentOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mirror: bool = Field(
-        default=False, description="average the mirror images, too: 4 to 8 times the time, a little better"
+    mirror: bool | None = Field(
+        default=None,
+        description="average the mirror images, too: 4 to 8 times the time, a little better; as in the run by default",
     )
     overlap: float | None = Field(
         default=None, ge=0, lt=1, description="of neighbouring windows; as in the run by default"
@@ -193,16 +194,14 @@ def _predictor(
 ) -> VolumePredictor:
     assert info.segments is not None
     volumes = info.segments
-    if options.overlap is not None:
-        volumes = volumes.model_copy(update={"overlap": options.overlap})
-    axes = [axis for axis in range(3) if volumes.spatial_dims == 3 or axis != volumes.slice_axis]
+    given = {"overlap": options.overlap, "mirror": options.mirror}
+    volumes = volumes.model_copy(update={key: value for key, value in given.items() if value is not None})
     return VolumePredictor(
         network.to(device).eval(),
         volumes,
         num_classes=len(info.class_names),
         batch_size=options.batch_size or config.data.batch_size,
         device=device,
-        mirror=axes if options.mirror else (),
     ).eval()
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from vision_gates.config import RunConfig, save_config
 from vision_gates.engine.building import build_loss, build_metrics, labeller
 from vision_gates.engine.checkpoint import read_checkpoint, write_checkpoint
+from vision_gates.engine.cuda_graph import GraphedStep
 from vision_gates.engine.data import derive_seed
 from vision_gates.engine.device import build_accelerator, deterministic_algorithms, peak_memory_gib
 from vision_gates.engine.evaluation import (
@@ -85,6 +86,37 @@ def train(config: RunConfig, *, command: Sequence[str] = (), console: Console | 
     return run.path
 
 
+class _Update:
+    """What is shown of an update once its loss is there.
+
+    Args:
+        losses: of its batches, on the device.
+        sizes: images of each.
+        names: of all images.
+        number: of the update.
+        lr: learning rate.
+        waited: seconds for the data.
+    """
+
+    def __init__(
+        self, losses: Tensor, sizes: list[int], names: list[str], *, number: int, lr: float, waited: float
+    ) -> None:
+        self.sizes, self.names, self.number, self.lr, self.waited = sizes, names, number, lr, waited
+        self.seconds = 0.0  # from the end of the update before
+        # The copy starts now; the event tells when it is done, whatever the GPU has been given to do since.
+        self._losses = losses.to("cpu", non_blocking=True)
+        self._copied: Any = None
+        if losses.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        """The loss of each batch."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._losses.tolist()
+
+
 class Trainer:
     """One process's part of a run; ``prepare`` makes its parts."""
 
@@ -114,15 +146,18 @@ class Trainer:
         self.total_updates = self.updates_per_epoch * config.schedule.epochs
         optimizer = build_optimizer(config, self.network)
         self.schedule = build_schedule(config, optimizer, updates_per_epoch=self.updates_per_epoch)
+        self.loss = build_loss(config, parts.info).to(self.device)
         if config.trainer.compile:
             self.network.compile()  # in place, so that names in the state dict stay
+            self.loss.compile()
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
-        self.loss = build_loss(config, parts.info).to(self.device)
+        self.graphed = GraphedStep(self._loss_and_gradient, self.model) if config.trainer.cuda_graph else None
         self.mixup = build_mixup(config, len(parts.info.class_names))
         self.writer: Any = None
         self.last_save = self.began = time.perf_counter()
         self.first_update, self.elapsed_before = 0, 0.0
         self.over = False  # the time that schedule.minutes gives
+        self.unread: _Update | None = None  # the last update, its loss still on the way from the GPU
 
     # ------------------------------------------------------------ start and end
 
@@ -210,8 +245,8 @@ class Trainer:
         self.model.train()
         self.parts.train.start(epoch=state.epoch, first=state.batch)
         batches = iter(self.parts.train)
+        ended = time.perf_counter()
         while state.batch < self.batches:
-            began = time.perf_counter()
             count = min(accumulate, self.batches - state.batch)  # batches of this update
             losses: list[Tensor] = []
             names: list[str] = []
@@ -223,24 +258,43 @@ class Trainer:
                 losses.append(self.forward_backward(batch, number=state.batch + i, count=count, last=i == count - 1))
                 sizes.append(len(batch["name"]))
                 names.extend(batch["name"])
-            values = torch.stack(losses).tolist()  # the one wait for the GPU
-            if not all(map(math.isfinite, values)):
-                self._stop_for_nan(values, names)
             lr = self.learning_rate()
             self.step_optimizer()
-
             state.batch += count
-            state.loss_sum += math.fsum(v * n for v, n in zip(values, sizes, strict=True))
-            state.images += sum(sizes)
-            state.seconds += time.perf_counter() - began
-            self._show_update(values, sum(sizes), lr, waited, time.perf_counter() - began)
+            update = _Update(torch.stack(losses), sizes, names, number=state.update, lr=lr, waited=waited)
+            self.read_loss()  # of the update before: the GPU is never without work
+            began, ended = ended, time.perf_counter()
+            update.seconds = ended - began
+            state.seconds += update.seconds
+            self.unread = update
             stop, save, self.over = self._agree(self.stop.requested, self._checkpoint_due(), self._time_is_up())
             if stop:
+                self.read_loss()
                 raise Interrupted(self._stopped())
             if self.over:
                 break
             if save and state.batch < self.batches:
+                self.read_loss()
                 self.save("last")
+        self.read_loss()
+
+    def read_loss(self) -> None:
+        """Wait for the loss of the last update; it enters the epoch's sum and the display.
+
+        It is called before anything is saved, so that no checkpoint holds what followed a NaN.
+
+        Raises:
+            UserError: The loss is NaN or infinite.
+        """
+        update, self.unread = self.unread, None
+        if update is None:
+            return
+        values = update.read()
+        if not all(map(math.isfinite, values)):
+            self._stop_for_nan(values, update)
+        self.state.loss_sum += math.fsum(v * n for v, n in zip(values, update.sizes, strict=True))
+        self.state.images += sum(update.sizes)
+        self._show_update(values, update)
 
     def forward_backward(self, batch: dict[str, Any], *, number: int, count: int, last: bool) -> Tensor:
         """Add one batch's share of the gradient; returns its loss, detached."""
@@ -248,13 +302,20 @@ class Trainer:
         torch.manual_seed(derive_seed(place[0], "step", *place[1:]))  # dropout, stochastic depth
         image = batch["image"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
+        if self.parts.augment is not None:
+            image, target = self.parts.augment(image, target, seed=derive_seed(place[0], "batch", *place[1:]))
         if self.config.trainer.channels_last:
             image = _channels_last(image)
         if self.mixup is not None:
             image, target = mix(self.mixup, image, target, seed=derive_seed(place[0], "mixup", *place[1:]))
+        if self.graphed is not None:
+            return self.graphed(image, target)
         with nullcontext() if last else self.accelerator.no_sync(self.model):
-            loss = self.loss(self.model(image), target)
-            self.accelerator.backward(loss / count)
+            return self._loss_and_gradient(image, target, count)
+
+    def _loss_and_gradient(self, image: Tensor, target: Tensor, count: int = 1) -> Tensor:
+        loss = self.loss(self.model(image), target)
+        self.accelerator.backward(loss / count)
         return loss.detach()
 
     def step_optimizer(self) -> None:
@@ -262,7 +323,8 @@ class Trainer:
         if self.config.optim.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.graphed is None:
+            self.optimizer.zero_grad(set_to_none=True)
         self.state.update += 1
         self.schedule.step_update(self._schedule_place())
         if self.ema is not None:
@@ -419,8 +481,8 @@ class Trainer:
             f"{self.run.path}; go on with trainer.resume=true"
         )
 
-    def _stop_for_nan(self, values: list[float], names: list[str]) -> None:
-        where = f"epoch {self.state.epoch + 1}, update {self.state.update + 1}"
+    def _stop_for_nan(self, values: list[float], update: "_Update") -> None:
+        names, where = update.names, f"epoch {self.state.epoch + 1}, update {update.number}"
         self.display.note(f"loss {values} in {where}; batch: {', '.join(names)}")
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more (log.txt)" if len(names) > 8 else "")
         raise UserError(
@@ -428,24 +490,25 @@ class Trainer:
             f"checkpoint is intact; lower optim.lr or set optim.clip_grad=1.0, or look at the batch: {shown}"
         )
 
-    def _show_update(self, values: list[float], images: int, lr: float, waited: float, seconds: float) -> None:
+    def _show_update(self, values: list[float], update: "_Update") -> None:
         state, loss = self.state, sum(values) / len(values)
-        rate = images * self.world / max(seconds, 1e-9)
+        rate = sum(update.sizes) * self.world / max(update.seconds, 1e-9)
         best = "" if state.best is None else f" | best {self.config.trainer.monitor} {state.best:.4f}"
-        pace = (time.perf_counter() - self.began) / max(state.update - self.first_update, 1)
-        remaining = pace * (self.total_updates - state.update)
+        pace = (time.perf_counter() - self.began) / max(update.number - self.first_update, 1)
+        remaining = pace * (self.total_updates - update.number)
         if self.config.schedule.minutes is not None:
             remaining = min(remaining, max(60 * self.config.schedule.minutes - self._elapsed(), 0))
         left = duration(remaining)
         self.display.step(
-            update=state.update,
+            update=update.number,
             epoch=f"epoch {state.epoch + 1}/{self.config.schedule.epochs}",
-            text=f"loss {loss:.4f} | lr {lr:.2e}{best} | {rate:.0f} images/s | data wait {waited / seconds:.0%} | "
+            text=f"loss {loss:.4f} | lr {update.lr:.2e}{best} | {rate:.0f} images/s | "
+            f"data wait {update.waited / max(update.seconds, 1e-9):.0%} | "
             f"{peak_memory_gib(self.device):.1f} GiB | {left} left",
         )
-        if self.writer is not None and state.update % self.config.trainer.log_every == 0:
-            for tag, value in (("loss", loss), ("lr", lr), ("images_per_second", rate)):
-                self.writer.add_scalar(f"train/{tag}", value, state.update)
+        if self.writer is not None and update.number % self.config.trainer.log_every == 0:
+            for tag, value in (("loss", loss), ("lr", update.lr), ("images_per_second", rate)):
+                self.writer.add_scalar(f"train/{tag}", value, update.number)
 
     def _show_epoch(self, row: dict[str, Any], improved: bool) -> None:
         scores = {k: v for k, v in (row["val"] or {}).items() if v is not None}

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vision_gates.engine.data import derive_seed
+from vision_gates.engine.slices import AXIAL, CORONAL, PLANES, SAGITTAL, sample_planes
 from vision_gates.errors import UserError
+from vision_gates.gate_maps import gates_of
 from vision_gates.modality_dropout import modality_dropout, ramped
 from vision_gates.volumes.augmentation import VolumePipeline
 from vision_gates.volumes.cache import CachedCase
@@ -41,6 +43,7 @@ class VolumeInfo(BaseModel):
         neighbours: with slices, how many on each side are further channels.
         channel_names: of the modalities.
         overlap: of neighbouring windows.
+        mirror: whether the predictions of mirror images are averaged.
         view: axes of the grid that ``slice_axis`` and ``patch_size`` speak of, as `Geometry.orientation`.
     """
 
@@ -53,6 +56,7 @@ class VolumeInfo(BaseModel):
     neighbours: int = 0
     channel_names: tuple[str, ...]
     overlap: float = 0.5
+    mirror: bool = False
     view: str = "RAS"
 
     def describe(self) -> str:
@@ -84,7 +88,7 @@ def choose_patch_size(shape: Sequence[float], *, voxels: int) -> tuple[int, ...]
 
 
 class VolumePatches(Dataset[Any]):
-    """Training samples: cut around a place of a case, augmented, as large as the network sees.
+    """Training samples: cut around a place of a case, and augmented.
 
     Each epoch visits the cases evenly. Beyond a volume's border lie zeros, as in inference, and background.
 
@@ -95,6 +99,7 @@ class VolumePatches(Dataset[Any]):
         samples: of an epoch.
         foreground: share of the samples centred on a labelled voxel; of the labels in a case each is as likely.
         pipeline: augmentation.
+        wide: what samples are cut to where whole batches are transformed later; None: as large as the network sees.
         dropout: probability of a modality to be left out, and the epochs over which it grows.
         seed: the run's.
     """
@@ -108,11 +113,13 @@ class VolumePatches(Dataset[Any]):
         samples: int,
         foreground: float,
         pipeline: VolumePipeline,
+        wide: Sequence[int] | None = None,
         dropout: tuple[float, int] = (0.0, 0),
         seed: int,
     ) -> None:
         self.cases, self.names, self.info = list(cases), list(names), info
         self.samples, self.foreground, self.pipeline = samples, foreground, pipeline
+        self.size = info.patch_size if wide is None else tuple(wide)
         self.dropout, self.seed = dropout, seed
 
     def __len__(self) -> int:
@@ -135,13 +142,12 @@ class VolumePatches(Dataset[Any]):
         if info.spatial_dims == 2:
             image, labels = slice_with_neighbours(image, labels, centre[info.slice_axis], info)
             centre = tuple(c for axis, c in enumerate(centre) if axis != info.slice_axis)
-        widened = tuple(math.ceil(side * _MARGIN) for side in info.patch_size) if self.pipeline.spatial else None
-        size = widened or info.patch_size
+        size = tuple(math.ceil(side * _MARGIN) for side in self.size) if self.pipeline.spatial else self.size
         start = [c - side // 2 for c, side in zip(centre, size, strict=True)]
         patch, target = _cut(image, start, size), _cut(labels[None], start, size)[0]
         patch, target = self.pipeline(patch, target, seed=derive_seed(self.seed, "augment", epoch, index))
-        inner = [(have - want) // 2 for have, want in zip(patch.shape[1:], info.patch_size, strict=True)]
-        patch, target = _cut(patch, inner, info.patch_size), _cut(target[None], inner, info.patch_size)[0]
+        inner = [(have - want) // 2 for have, want in zip(patch.shape[1:], self.size, strict=True)]
+        patch, target = _cut(patch, inner, self.size), _cut(target[None], inner, self.size)[0]
         tensor = torch.from_numpy(np.ascontiguousarray(patch, dtype=np.float32))
         probability = ramped(self.dropout[0], epoch, self.dropout[1])
         if probability > 0:
@@ -150,7 +156,7 @@ class VolumePatches(Dataset[Any]):
             )
         return {
             "image": tensor,
-            "target": torch.from_numpy(target.astype(np.int64)),
+            "target": torch.from_numpy(target),  # small integers: a GPU gets an eighth of int64's bytes
             "name": self.names[number],
             "index": index,
         }
@@ -207,6 +213,7 @@ class VolumeCases(Dataset[Any]):
                 "target": torch.from_numpy(case.labels.astype(np.int64)),
                 "name": self.names[index],
                 "index": index,
+                "spacing": torch.tensor(case.geometry.spacing, dtype=torch.float64),
             }
         except UserError as error:
             return error
@@ -221,7 +228,6 @@ class VolumePredictor(nn.Module):
         num_classes: channels of the logits.
         batch_size: windows at a time.
         device: where the network is.
-        mirror: axes whose mirror images are averaged.
     """
 
     def __init__(
@@ -232,11 +238,10 @@ class VolumePredictor(nn.Module):
         num_classes: int,
         batch_size: int,
         device: torch.device,
-        mirror: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.network, self.info, self.num_classes = network, info, num_classes
-        self.batch_size, self.device, self.mirror = batch_size, device, tuple(mirror)
+        self.batch_size, self.device = batch_size, device
 
     def forward(self, image_1CXYZ: Tensor) -> Tensor:
         """Map (1, C, X, Y, Z) to labels (1, X, Y, Z) int64 on the input's device; autocast as around the call."""
@@ -268,6 +273,7 @@ class VolumePredictor(nn.Module):
 
     def _windows(self) -> dict[str, Any]:
         info = self.info
+        axes = [axis for axis in range(3) if info.spatial_dims == 3 or axis != info.slice_axis]
         return dict(
             num_classes=self.num_classes,
             patch_size=info.patch_size,
@@ -275,21 +281,34 @@ class VolumePredictor(nn.Module):
             neighbours=info.neighbours,
             slice_axis=info.slice_axis,
             overlap=info.overlap,
-            mirror=self.mirror,
+            mirror=axes if info.mirror else (),
             batch_size=self.batch_size,
         )
 
     def displayed(self, batch: dict[str, Any], labels_1XYZ: Tensor) -> tuple[dict[str, Any], Tensor]:
-        """For pictures: the slice with the most foreground of a batch of one case, and its prediction.
+        """For pictures of a batch of one case: the slices with most foreground, as `OverlayCollector` takes them.
 
         Returns:
-            The batch with ``image`` (1, C, H, W), as a network for slices sees it, and ``target`` (1, H, W); labels
-            (1, H, W).
+            The batch with ``planes``, one list of `SamplePlane` (of slices their own plane, else axial, coronal and
+            sagittal) and, where the network has gates, ``input``, one `GateWindow`; and the labels as they came.
         """
-        axis = self.info.slice_axis
-        target_XYZ = batch["target"][0].numpy()
-        others = tuple(a for a in range(3) if a != axis)
-        index = int((target_XYZ > 0).sum(axis=others).argmax())
-        image, target = slice_with_neighbours(batch["image"][0].numpy(), target_XYZ, index, self.info)
-        shown = dict(batch, image=torch.from_numpy(image)[None], target=torch.from_numpy(target.copy())[None])
-        return shown, labels_1XYZ.cpu().select(axis + 1, index)
+        from vision_gates.engine.gate_window import gate_window  # which needs VolumeInfo
+
+        info = self.info
+        image, target = batch["image"][0].cpu().numpy(), batch["target"][0].cpu().numpy()
+        prediction = labels_1XYZ[0].cpu().numpy()
+        x, y, z = batch["spacing"][0].tolist() if "spacing" in batch else info.preprocessing.spacing or (1.0, 1.0, 1.0)
+        planes = sample_planes(
+            (AXIAL, CORONAL, SAGITTAL) if info.spatial_dims == 3 else (PLANES[info.slice_axis],),
+            image[0],
+            target,
+            prediction,
+            spacing=(x, y, z),
+            channel=info.preprocessing.channels[0],
+        )
+        shown = dict(batch, planes=[planes])
+        if gates_of(self.network):
+            grid = Geometry((image.shape[1], image.shape[2], image.shape[3]), np.diag([x, y, z, 1.0]))
+            name, around = str(batch["name"][0]), target if target.any() else None
+            shown["input"] = [gate_window(self.network, info, image, grid, prediction, name=name, around=around)]
+        return shown, labels_1XYZ

@@ -16,10 +16,11 @@ from vision_gates.datasets.volumes.folds import check_leakage
 from vision_gates.engine.volume_data import VolumeCases, VolumeInfo, VolumePatches, choose_patch_size
 from vision_gates.errors import ConfigError
 from vision_gates.volumes.augmentation import build_volume_pipeline
+from vision_gates.volumes.batch_augmentation import BatchAugmentation, build_batch_augmentation
 from vision_gates.volumes.cache import CachedCase, CaseCache, default_cache
 from vision_gates.volumes.preprocessing import fingerprint, plan_preprocessing, prepare
 
-__all__ = ["build_volume_dataset", "check_volumes", "plan_volumes", "prepared_cases"]
+__all__ = ["batch_augmentation", "build_volume_dataset", "check_volumes", "plan_volumes", "prepared_cases"]
 
 Progress = Callable[[int, int], None]
 _PATCH_VOXELS = {2: 512 * 512, 3: 96**3}  # at most, of patches chosen here
@@ -96,6 +97,7 @@ def plan_volumes(splits: VolumeSplits, config: Config, *, seed: int, progress: P
         neighbours=config.neighbours,
         channel_names=splits.layout.channel_names,
         overlap=config.overlap,
+        mirror=config.mirror,
     )
 
 
@@ -125,6 +127,16 @@ def prepared_cases(
     return cases
 
 
+def batch_augmentation(config: RunConfig, info: VolumeInfo) -> BatchAugmentation:
+    """``augment.batch`` for what the network sees."""
+    spacing: tuple[float, ...] | None = info.preprocessing.spacing
+    if spacing is not None and info.spatial_dims == 2:
+        spacing = tuple(mm for axis, mm in enumerate(spacing) if axis != info.slice_axis)
+    return build_batch_augmentation(
+        config.augment.batch, size=info.patch_size, spacing=spacing, modalities=len(info.channel_names)
+    )
+
+
 def build_volume_dataset(config: RunConfig, split: Split, info: VolumeInfo, *, train: bool) -> Dataset[Any]:
     """Patches of the training cases, or the cases whole."""
     assert isinstance(config.data, Config)
@@ -138,6 +150,7 @@ def build_volume_dataset(config: RunConfig, split: Split, info: VolumeInfo, *, t
         samples=config.data.samples,
         foreground=config.data.foreground,
         pipeline=build_volume_pipeline(config.augment.train),
+        wide=batch_augmentation(config, info).sample_size,
         dropout=(config.augment.modality_dropout, config.augment.modality_dropout_epochs),
         seed=config.seed,
     )

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from vision_gates.config import RunConfig
 from vision_gates.datasets.base import DataSplits, few, how_many, load_splits
-from vision_gates.datasets.volumes import VolumeSplits
-from vision_gates.datasets.volumes.layouts import Case
+from vision_gates.datasets.volumes import Config, VolumeSplits
+from vision_gates.datasets.volumes.layouts import Case, patients_of
 from vision_gates.engine.building import RunInfo
 from vision_gates.engine.data import Loader
 from vision_gates.engine.run_directory import RunDirectory, atomic_write_text, to_json
@@ -28,7 +28,7 @@ from vision_gates.errors import ConfigError, DataError, UserError
 from vision_gates.volumes.cache import CachedCase
 from vision_gates.volumes.preprocessing import restore_labels
 from vision_gates.volumes.reading import read_labels
-from vision_gates.volumes.scoring import FoldSummary, Summary, score_case, summarise, summarise_folds
+from vision_gates.volumes.scoring import METRICS, FoldSummary, Summary, score_case, summarise, summarise_folds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,6 +55,7 @@ class CaseScorer:
         files: the same cases on disk.
         class_names: in label order.
         ignore_index: label that is not scored.
+        tolerance_mm: of the normalised surface Dice.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class CaseScorer:
         *,
         class_names: Sequence[str],
         ignore_index: int | None,
+        tolerance_mm: float = 2.0,
     ) -> None:
         self._cases, self._files = cases, files
-        self._class_names, self._ignore_index = class_names, ignore_index
+        self._class_names, self._ignore_index, self._tolerance_mm = class_names, ignore_index, tolerance_mm
         self._rows: dict[str, list[dict[str, Any]]] = {}
 
     def add(self, batch: Mapping[str, Any], labels_BXYZ: Tensor) -> None:
@@ -88,6 +90,7 @@ class CaseScorer:
                 truth.array,
                 spacing=case.source.spacing,
                 class_names=self._class_names,
+                tolerance_mm=self._tolerance_mm,
                 ignore_index=self._ignore_index,
                 name=str(file.labels),
             )
@@ -120,7 +123,7 @@ def build_scorer(
     if info.volumes is None:
         return None
     found = load_splits(config.data) if splits is None else splits
-    assert isinstance(found, VolumeSplits) and found.layout is not None
+    assert isinstance(config.data, Config) and isinstance(found, VolumeSplits) and found.layout is not None
     files = {case.name: case for case in found.layout.cases}
     lost = [name for name in loader.dataset.names if name not in files]
     if lost:
@@ -130,6 +133,7 @@ def build_scorer(
         [files[name] for name in loader.dataset.names],
         class_names=info.class_names,
         ignore_index=config.data.ignore_index,
+        tolerance_mm=config.data.tolerance_mm,
     )
 
 
@@ -160,12 +164,14 @@ class Folds:
     """A cross-validation, put together.
 
     Attributes:
-        summary: over the folds.
+        summary: mean and standard deviation of the folds' means.
+        all_cases: over the cases of all folds, each validated on once, with 95 % intervals over their patients.
         notes: what to know about them, such as folds that are missing.
         path: the written CSV file; beside it lies a JSON file of the same name.
     """
 
     summary: FoldSummary
+    all_cases: Summary
     notes: list[str]
     path: Path
 
@@ -175,7 +181,9 @@ def summarise_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Folds:
 
     Args:
         run_dirs: run directories, each trained on volumes with another ``data.fold``.
-        out: CSV file to write: a line a label, the means over the labels last.
+        out: CSV file to write: a line a label, the means over the labels last; ``dice`` and ``dice_std`` are mean and
+            deviation of the folds' means, ``dice_cases`` the mean over all cases, ``dice_cases_low`` and ``_high`` its
+            interval, and so with every metric.
 
     Raises:
         UserError: a run that is none, has not been evaluated on its validation cases, or is no other fold of the same
@@ -201,9 +209,12 @@ def summarise_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Folds:
             raise ConfigError(f"{run.path} and {other.path} are both data.fold={own['fold']}; give each fold once")
     by_fold = dict(sorted(by_fold.items()))
     summaries = [_validation_of(run) for run in by_fold.values()]
-    _check_disjoint(by_fold)
+    cases = _cases_of(by_fold)
     try:
         summary = summarise_folds(summaries)
+        names = ("background", *(str(row["name"]) for row in summary.per_label))
+        patients = patients_of(list(cases), data[0].get("groups", "auto"))
+        all_cases = summarise(cases, class_names=names, patients=dict(zip(cases, patients, strict=True)))
     except ValueError as error:
         raise ConfigError(f"{few([str(run.path) for run in runs])}: {error}") from error
     notes = []
@@ -214,7 +225,13 @@ def summarise_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Folds:
         {"fold": fold, "run": str(run.path), "cases": one.cases, "patients": one.patients, "overall": one.overall}
         for (fold, run), one in zip(by_fold.items(), summaries, strict=True)
     ]
-    lines = [*summary.per_label, {**summary.overall, "convention": " ".join([summary.convention, *notes])}]
+    lines = [
+        row | {f"{metric}_cases{end}": own[f"{metric}{end}"] for metric in METRICS for end in ("", "_low", "_high")}
+        for row, own in zip(
+            (*summary.per_label, summary.overall), (*all_cases.per_label, all_cases.overall), strict=True
+        )
+    ]
+    lines[-1]["convention"] = " ".join([summary.convention, *notes, *all_cases.notes])
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[-1]), lineterminator="\n")
     writer.writeheader()
@@ -222,11 +239,11 @@ def summarise_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Folds:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(out, text.getvalue())
-        content = {**summary.to_dict(), "notes": notes, "runs": members}
+        content = {**summary.to_dict(), "all_cases": all_cases.to_dict(), "notes": notes, "runs": members}
         atomic_write_text(out.with_suffix(".json"), to_json(content, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"out={out}: cannot be written: {error.strerror or error}") from error
-    return Folds(summary, notes, out)
+    return Folds(summary, all_cases, notes, out)
 
 
 def _data_of(run: RunDirectory) -> dict[str, Any]:
@@ -249,15 +266,39 @@ def _validation_of(run: RunDirectory) -> Summary:
     return read_summary(path)
 
 
-def _check_disjoint(runs: Mapping[int, RunDirectory]) -> None:
-    """No case may have been validated on twice: then the files have changed between the runs."""
+def _cases_of(runs: Mapping[int, RunDirectory]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each validated case, as `score_case` gave them; `UserError` for a file that is damaged.
+
+    No case may have been validated on twice: then the files have changed between the runs.
+    """
+    cases: dict[str, list[dict[str, Any]]] = {}
     owner: dict[str, int] = {}
     for fold, run in runs.items():
-        with open(run.evaluation / "val_cases.csv", encoding="utf-8", newline="") as file:
-            for name in dict.fromkeys(row["case"] for row in csv.DictReader(file)):
-                first = owner.setdefault(name, fold)
-                if first != fold:
-                    raise DataError(
-                        f"{run.path}: case {name} was validated on in fold {fold} and in fold {first} "
-                        f"({runs[first].path}): the data set has changed between the runs; train the folds anew"
-                    )
+        path = run.evaluation / "val_cases.csv"
+        try:
+            with open(path, encoding="utf-8", newline="") as file:
+                rows = [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+            names = [str(row.pop("case")) for row in rows]
+            for row in rows:
+                read = {key: row[key] for key in ("label", "status", "tolerance_mm", *METRICS)}
+                if None in (read["label"], read["status"], read["tolerance_mm"]):
+                    raise ValueError("a line is not complete")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); evaluate the run again") from error
+        for name, row in zip(names, rows, strict=True):
+            first = owner.setdefault(name, fold)
+            if first != fold:
+                raise DataError(
+                    f"{run.path}: case {name} was validated on in fold {fold} and in fold {first} "
+                    f"({runs[first].path}): the data set has changed between the runs; train the folds anew"
+                )
+            cases.setdefault(name, []).append(row)
+    return cases
+
+
+def _value(column: str, text: str) -> Any:
+    """A cell of the table of cases; an empty one is undefined."""
+    if column in ("case", "name", "status"):
+        return text
+    number = float(text) if text else None
+    return int(text) if number is not None and (column == "label" or column.startswith("lesions_")) else number
