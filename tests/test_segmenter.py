@@ -14,6 +14,11 @@ ENCODERS = ["vg_vig_h_atto", "vg_vig_atto", "test_convnext", "test_resnet"]
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("decoder", available_decoders())
 class TestSegmenter:
+    @pytest.fixture(autouse=True)
+    def _installed(self, decoder):
+        if decoder == "mmseg":
+            pytest.importorskip("mmseg", reason="mmsegmentation is not installed: pip install 'vision-gates[mmseg]'")
+
     @pytest.mark.parametrize("size", [(64, 64), (33, 47), (50, 96)])
     def test_logits_at_input_size(self, encoder, decoder, size):
         model = create_segmenter(encoder, decoder={"type": decoder}, num_classes=4, in_chans=2).eval()
