@@ -4,13 +4,13 @@ Folders in the layout of nnU-Net v2 or of the Medical Segmentation Decathlon (bo
 ``images/`` and ``labels/`` with equal names; files in NIfTI, NRRD, MetaImage, or a folder of DICOM slices a case. How
 intensities and spacing are treated is decided from the training cases (`vision_gates.volumes.preprocessing`).
 
-Splits: with ``folds``, fold number ``fold`` is validated on and the others are trained on; ``test_fraction`` of the
-patients are set aside before. ``val`` and ``test`` name cases or patients instead. All cases of a patient stay in one
-part: ``groups`` says who a case belongs to.
+Splits: with ``folds``, fold number ``fold`` is validated on and the others are trained on (``fold: all`` trains on all
+of them); ``test_fraction`` of the patients are set aside before. ``val`` and ``test`` name cases or patients instead.
+All cases of a patient stay in one part: ``groups`` says who a case belongs to.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,9 @@ class Config(DataConfig):
         "auto", description="whose case it is: a regular expression with one group, auto (strips _frame01, _t2, ...)"
     )
     folds: int | None = Field(5, ge=2, description="folds of a cross-validation; null: val_fraction or val decide")
-    fold: int = Field(0, ge=0, description="which of the folds is validated on")
+    fold: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
+        0, description="which of the folds is validated on; all: train on every case, and validate on the same"
+    )
     val_fraction: float = Field(0.2, ge=0, lt=1, description="share of the patients for validation, without folds")
     test_fraction: float = Field(0.0, ge=0, lt=1, description="share of the patients set aside for the test")
     val: tuple[str, ...] = Field((), description="names of validation cases or patients; then folds is not used")
@@ -79,7 +81,9 @@ class Config(DataConfig):
             raise ValueError(f"patch_size must be {dims} positive numbers in mode {self.mode}, not {self.patch_size}")
         if self.neighbours and self.mode == "3d":
             raise ValueError("neighbours are for mode 2d")
-        if self.folds is not None and self.fold >= self.folds:
+        if self.fold == "all" and (self.val or self.folds is None):
+            raise ValueError("fold: all goes with folds, and without val")
+        if self.folds is not None and self.fold != "all" and self.fold >= self.folds:
             raise ValueError(f"fold {self.fold} of {self.folds} folds: they are 0 to {self.folds - 1}")
         return self
 
@@ -141,24 +145,27 @@ def load(config: Config) -> VolumeSplits:
         train, val, test = hold_out(
             cases, val_fraction=fraction, test_fraction=config.test_fraction, seed=config.split_seed
         )
-        if config.folds:
+        if config.fold == "all":
+            val = train = sorted([*train, *val])
+        elif config.folds:
             rest = sorted([*train, *val])
             fold = k_folds([cases[i] for i in rest], folds=config.folds, seed=config.split_seed)[config.fold]
             val = [rest[i] for i in fold]
             train = [i for i in rest if i not in set(val)]
-    check_leakage(cases, {"train": train, "val": val, "test": test})
+    parts = {"train": train, "val": val, "test": test}
+    check_leakage(cases, {name: part for name, part in parts.items() if config.fold != "all" or name != "val"})
     if not train or not val:
         part = "train" if not train else "validate"
         raise DataError(
             f"{layout.root}: of {len(cases)} cases ({few([c.name for c in cases])}) none is left to {part} on"
         )
-    parts = [CaseSplit([cases[i] for i in indices]) for indices in (train, val, test)]
+    splits = [CaseSplit([cases[i] for i in indices]) for indices in parts.values()]
     return VolumeSplits(
         task="segmentation",
         class_names=tuple(names),
         in_chans=len(layout.channel_names),
-        train=parts[0],
-        val=parts[1],
-        test=parts[2] if test else None,
+        train=splits[0],
+        val=splits[1],
+        test=splits[2] if test else None,
         layout=layout,
     )

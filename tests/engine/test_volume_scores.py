@@ -324,6 +324,7 @@ def test_what_are_no_folds(runs, capfd):
     make_run(Path("seed"), scores, fold=1, split_seed=1)
     make_run(Path("images"), scores, type="image_folder")
     make_run(Path("named"), scores, val=["p1_t0"])
+    make_run(Path("everything"), scores, fold="all")
     make_run(Path("unscored"), None, fold=1)
     make_run(Path("again"), some_scores(["p0_t1", "p7_t0"]), fold=1)
     make_run(Path("finer"), Scores(scores.cases, replace(scores.summary, tolerance_mm=1.0)), fold=1)
@@ -345,6 +346,7 @@ def test_what_are_no_folds(runs, capfd):
         (["fold0", "seed"], ["data.split_seed is 1, not 0"]),
         (["fold0", "images"], ["images", "data.type=volumes"]),
         (["named"], ["named", "data.fold"]),
+        (["everything"], ["everything", "no fold of a cross-validation"]),
         (["fold0", "unscored"], ["unscored/evaluation/val_summary.json", "tools/evaluate.py unscored split=val"]),
         (["fold0", "again"], ["case p0_t1 was validated on in fold 1 and in fold 0"]),
         (["fold0", "finer"], ["different labels or tolerances"]),

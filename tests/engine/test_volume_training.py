@@ -23,6 +23,7 @@ from vision_gates.engine.evaluation import evaluate_run
 from vision_gates.engine.run_directory import read_metrics
 from vision_gates.engine.segmenting import SegmentOptions, segment
 from vision_gates.engine.trainer import Trainer, train
+from vision_gates.errors import ConfigError
 from vision_gates.volumes.reading import read_labels, stem
 from vision_gates.volumes.scoring import score_case
 
@@ -169,6 +170,15 @@ def test_run_is_complete(trained, mode):
     assert info["images"] == {"train": 4, "val": 2} and info["class_names"] == list(NAMES)
     rows = read_metrics(run / "metrics.jsonl")
     assert len(rows) == 2 and all(np.isfinite(row["val"]["dice"]) and np.isfinite(row["train"]["loss"]) for row in rows)
+
+
+def test_all_cases_can_be_trained_on(configure, place):
+    run = train(configure("2d", "all", "data.fold=all", "schedule.epochs=1"), console=QUIET)
+    info = json.loads((run / "run.json").read_text())
+    assert info["images"] == {"train": 6, "val": 6}
+    assert "those scores say nothing about other cases" in " ".join((run / "log.txt").read_text().split())
+    with pytest.raises(ConfigError, match="fold: all goes with folds, and without val"):
+        configure("2d", "all", "data.fold=all", "data.val=[p0_frame01]")
 
 
 @pytest.mark.parametrize("mode", MODES)

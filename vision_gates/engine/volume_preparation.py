@@ -39,7 +39,10 @@ def check_volumes(
     """
     assert splits.layout is not None
     number = {case.name: index for index, case in enumerate(splits.layout.cases)}
-    parts = {name: [number[case] for case in split.names] for name, split in splits.items()}
+    on_all = config.fold == "all"  # then the validation cases are the training cases
+    parts = {
+        name: [number[case] for case in split.names] for name, split in splits.items() if name != "val" or not on_all
+    }
     check_leakage(splits.layout.cases, parts, contents=True)
     report = check_cases(splits.layout, progress=progress, workers=4)
     labels = {case.name: case.labels or {} for case in report.cases}
@@ -49,6 +52,8 @@ def check_volumes(
         counts[name] = [sum(voxels.get(label, 0) for voxels in found) for label in range(len(splits.class_names))]
         images[name] = len(split)
     warnings = list(report.warnings)
+    if on_all:
+        warnings.append("data.fold=all: validated on the training cases; those scores say nothing about other cases")
     missing = [
         f"{class_name}: no voxel in the {name} cases"
         for name in ("train", "val")

@@ -252,7 +252,8 @@ def _data_of(run: RunDirectory) -> dict[str, Any]:
         raise UserError(f"{run.path}: not a run directory (it has no config.yaml)")
     # As it stands, not through load_config: the data need not be on this machine.
     data: dict[str, Any] = yaml.safe_load(run.config.read_text(encoding="utf-8"))["data"]
-    if data["type"] != "volumes" or data.get("folds") is None or data.get("val") or data.get("test"):
+    is_fold = data["type"] == "volumes" and data.get("folds") is not None and data.get("fold") != "all"
+    if not is_fold or data.get("val") or data.get("test"):
         raise ConfigError(
             f"{run.path}: no fold of a cross-validation; that is a run with data.type=volumes, data.folds and data.fold"
         )
