@@ -12,6 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import yaml
 
 from vision_gates.config import parse_config, save_config
 from vision_gates.engine.evaluation import Evaluation, write_evaluation
@@ -188,6 +189,17 @@ def test_undefined_numbers_are_dashes_and_explained(tmp_path):
     text = " ".join(_page(write_report(run)).text)
     assert "–" in text and "AUC is undefined: all 1 image(s) are of one class." in text
     assert "nan" not in text.lower()
+
+
+def test_curves_of_a_run_by_the_clock_end_where_it_ended(tmp_path):
+    run = _run(tmp_path, epochs=4, planned=200)
+    write_report(run)
+    assert "epoch 4 of 200" in (run / "report.html").read_text() and ">200<" in (run / "report.html").read_text()
+    raw = parse_config(yaml.safe_load((run / "config.yaml").read_text()), ["schedule.minutes=2.5"])
+    save_config(raw, run / "config.yaml")
+    write_report(run)
+    assert "epoch 4 in 2.5 minutes" in (run / "report.html").read_text()
+    assert ">200<" not in (run / "report.html").read_text()
 
 
 def test_curves_are_quick(tmp_path):

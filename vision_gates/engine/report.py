@@ -152,7 +152,6 @@ def _header(
     evaluations: Sequence[Mapping[str, Any]],
     best: Mapping[str, Any] | None,
 ) -> str:
-    epochs = config["schedule"]["epochs"]
     key = DEFAULT_MONITOR[config["task"]["type"]]
     value, what = None, ""
     if evaluations:
@@ -167,7 +166,9 @@ def _header(
     elif best is not None:
         value = best["val"].get(key)
         what = f"{METRIC_LABELS[key]} on val<br>best so far, epoch {best['epoch']}"
-    state = "not started" if not rows else f"epoch {rows[-1]['epoch']} of {epochs}"
+    minutes = config["schedule"].get("minutes")
+    planned = f"of {config['schedule']['epochs']}" if minutes is None else f"in {minutes:g} minutes"
+    state = "not started" if not rows else f"epoch {rows[-1]['epoch']} {planned}"
     hero = f'<div class="hero"><b>{_number(value)}</b><span>{what}</span></div>' if what else ""
     about = f"{config['task']['type']} · {config['data']['type']} · {config['model']['name']} · {state}"
     return (
@@ -251,7 +252,9 @@ def _facts(run: RunDirectory, config: Mapping[str, Any], rows: Sequence[Mapping[
 def _curves(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], best: Mapping[str, Any] | None) -> str:
     if not rows:
         return ""
-    last, key = float(config["schedule"]["epochs"]), _monitor(config)
+    # By the clock the number of epochs is not known before, and ``epochs`` only their limit.
+    timed = config["schedule"].get("minutes") is not None
+    last, key = float(rows[-1]["epoch"] if timed else config["schedule"]["epochs"]), _monitor(config)
 
     def line(name: str, style: str, *path: str) -> Series:
         points = []
