@@ -1,6 +1,6 @@
 # ViG-H-T with UPerNet on ADE20K.
 #   torchrun --nproc_per_node=8 tools/mmseg_train.py configs/mmseg/vig_h_tiny_upernet_ade20k.py --launcher pytorch
-# The paper (arXiv 2405.18425) scores ViG with UPerNet on ADE20K; its repository has no code for it. The numbers here are
+# The paper (arXiv 2405.18425) scores ViG with UPerNet on ADE20K; its repository has no code for it. The numbers are
 # the customary ones, Swin-T's (arXiv 2103.14030, section 4.3): AdamW 6e-5, weight decay 0.01 but on norms and biases,
 # 1,500 iterations of warm-up, then linearly to zero. Stochastic depth is that of the classifier's training, none for
 # the tiny model.
