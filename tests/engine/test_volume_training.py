@@ -172,6 +172,24 @@ def test_run_is_complete(trained, mode):
     assert len(rows) == 2 and all(np.isfinite(row["val"]["dice"]) and np.isfinite(row["train"]["loss"]) for row in rows)
 
 
+@pytest.mark.parametrize(
+    "network, mode",
+    [
+        *((name, mode) for name in ("agunet", "attention_unet", "daunet", "hornet_unet") for mode in ("3d", "2.5d")),
+        ("vg_vig_h_atto", "2.5d"),
+    ],
+)
+def test_networks_on_volumes(configure, network, mode):
+    options = {"hornet_unet": "{widths: [4, 8, 8], orders: [2, 2, 2]}", "vg_vig_h_atto": "{}"}
+    options = options.get(network, "{widths: [4, 8, 8]}")
+    name = f"{network}_{mode}"
+    config = configure(mode, name, f"model.name={network}", f"model.options={options}", "schedule.epochs=1")
+    run = train(config, console=QUIET)
+    (row,) = read_metrics(run / "metrics.jsonl")
+    assert np.isfinite(row["train"]["loss"]) and 0 <= row["val"]["dice"] <= 1
+    assert (run / "evaluation" / "val_cases.csv").is_file()
+
+
 def test_all_cases_can_be_trained_on(configure, place):
     run = train(configure("2d", "all", "data.fold=all", "schedule.epochs=1"), console=QUIET)
     info = json.loads((run / "run.json").read_text())
