@@ -260,7 +260,9 @@ def test_volumes_and_code_in_a_file(tmp_path):
     (tmp_path / "somebodys.py").write_text(code)
     own, peer = f"{tmp_path}/somebodys.py:net", "network:attention_unet"
     settings = dict(size=16, batch=1, dims=3, rounds=1, device="cpu", channels_last=True)
-    rows = bench_models([own, peer], mode="inference", **settings)
+    before = torch.backends.cudnn.benchmark
+    rows = bench_models([own, peer], mode="inference", cudnn_benchmark=True, **settings)
+    assert torch.backends.cudnn.benchmark == before
     assert [row["model"] for row in rows] == [own, peer] and rows[0]["parameters"] == 27 * 2 + 2
     assert all(row["images_per_second"] > 0 and row["size"] == 16 for row in rows)
 

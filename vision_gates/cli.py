@@ -277,6 +277,7 @@ def bench(argv: Sequence[str]) -> int:
         profile=false         true lists the longest kernels of one pass, too
         dims=2                images; 3: volumes of one channel
         channels_last=false   true lays out weights and input with channels last, of all that are compared
+        cudnn_benchmark=false true lets cuDNN try its convolutions and take the fastest
     bench ops checks and times operators of this package, each beside its peers (fla if it is installed). An operator
     with a wrong result gets no speed. Without names: all of them.
         dtype=                float32, bfloat16, float16; by default what each operator's bench.py chooses

@@ -82,6 +82,7 @@ _SETTINGS: dict[str, dict[str, Callable[[str], Any]]] = {
         "profile": _switch,
         "dims": _whole,
         "channels_last": _switch,
+        "cudnn_benchmark": _switch,
         "peer_runtime": str,
         "family": _family,
         "device": str,

@@ -7,6 +7,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,8 @@ class ModelSettings:
         profile: list the kernels of one pass, too.
         dims: axes of the input: 2, images of three channels, or 3, volumes of one.
         channels_last: weights and input in channels-last memory, of all that are compared.
+        cudnn_benchmark: cuDNN tries its convolutions and takes the fastest, as in training with
+            ``trainer.deterministic=false``; else its heuristic chooses.
         peer_runtime: the peer's, where it cannot run like the others; None: the same.
     """
 
@@ -58,6 +61,7 @@ class ModelSettings:
     profile: bool = False
     dims: int = 2
     channels_last: bool = False
+    cudnn_benchmark: bool = False
     peer_runtime: str | None = None
 
     def __post_init__(self) -> None:
@@ -159,7 +163,19 @@ def model_groups(
     facts = machine_facts(settings.target)
     for size in settings.size:
         for runtime in dict.fromkeys(settings.runtime):
-            yield _group(names, settings, size, runtime, facts, on_progress)
+            with _cudnn_benchmark(settings.cudnn_benchmark):
+                group = _group(names, settings, size, runtime, facts, on_progress)
+            yield group
+
+
+@contextmanager
+def _cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = enabled  # not cudnn.flags(), whose other settings have defaults of their own
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _group(
