@@ -141,7 +141,7 @@ def test_attention_unet(dims, size):
     assert tuple(maps[0].values.shape[2:]) == tuple(n // 4 for n in size)
 
 
-NO_GATES = ("pyramid", "daunet")  # of all decoders and networks
+NO_GATES = ("pyramid", "mmseg", "daunet")  # of all decoders and networks
 
 
 def in_range(maps, batch: int) -> bool:
@@ -150,6 +150,8 @@ def in_range(maps, batch: int) -> bool:
 
 @pytest.mark.parametrize("kind", available_decoders())
 def test_every_decoder(kind):
+    if kind == "mmseg":
+        pytest.importorskip("mmseg", reason="mmsegmentation is not installed: pip install 'vision-gates[mmseg]'")
     segmenter = create_segmenter("test_resnet", num_classes=2, decoder={"type": kind}).eval()
     maps = collect_gate_maps(segmenter, torch.randn(2, 3, 64, 96))
     assert bool(maps) == (kind not in NO_GATES) and in_range(maps, 2)
