@@ -13,7 +13,8 @@ LAYERS = [
     ("mmseg",),  # a plug-in that configurations of mmsegmentation name; nothing here imports it
     ("tools",),
     ("cli",),
-    ("engine", "export"),
+    ("engine",),
+    ("export",),
     ("model_table", "benchmark", "config"),
     ("networks",),
     ("segmenter", "datasets", "gate_maps", "losses", "region_losses", "modality_dropout", "metrics", "augmentation"),

@@ -11,10 +11,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from vision_gates.errors import ConfigError, UserError
 
-__all__ = ["bench", "evaluate", "folds", "gate_maps", "main", "models", "score", "segment", "train"]
+__all__ = ["bench", "evaluate", "export", "folds", "gate_maps", "main", "models", "score", "segment", "train"]
 
 
 def train(argv: Sequence[str]) -> int:
@@ -100,6 +101,80 @@ def folds(argv: Sequence[str]) -> int:
         return 0
 
     return _guard(work, argv, folds)
+
+
+def export(argv: Sequence[str]) -> int:
+    """usage: export RUN OUT.onnx [--size H W] [--fixed] [--fp16] [--opset N]
+
+    Write a trained network as ONNX with its whole pipeline: normalisation, spacing, orientation, windows and labels
+    stand in the file and in OUT.json beside it. ONNX Runtime is compared with PyTorch on random inputs and the run's
+    own, and the file appears only if they agree (to 1e-4 of the largest output, with --fp16 1e-2); else the exit code
+    is 1.
+    RUN is a run directory, or the name of a classifier:
+        export runs/auto_3d hippocampus.onnx
+        export vg_vig_tiny vig_tiny.onnx --pretrained
+        segment scan.nii.gz mask.nii.gz --checkpoint hippocampus.onnx
+    Options:
+        --size H W            of the input, of volumes X Y Z; by default that of the run's images or windows
+        --fixed               this size alone; by default any size, where the network allows
+        --fp16                weights and products in float16: half the size; input and output stay float32
+        --opset N             18 (default) to 23
+        --pretrained          of a model by name: its published weights instead of random ones
+    """
+
+    def work() -> int:
+        paths, options = _export_options(argv)
+        from vision_gates.engine.exporting import export as run
+        from vision_gates.export.onnx import ParityError
+
+        try:
+            done, notes = run(paths[0], paths[1], **options)
+        except ParityError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return 1
+        about = done.about
+        for line in (*notes, *map(str, done.differences)):
+            sys.stdout.write(f"{line}\n")
+        axes = ", ".join(about.dynamic_axes)
+        megabytes = done.path.stat().st_size / 1e6
+        sys.stdout.write(
+            f"{done.path}: {megabytes:.1f} MB, {done.nodes} nodes, opset {about.opset}, {about.precision}, any {axes}; "
+            f"{done.seconds:.0f} s\n"
+        )
+        return 0
+
+    return _guard(work, argv, export)
+
+
+def _export_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The two paths, and the options."""
+    paths: list[str] = []
+    options: dict[str, Any] = {}
+    flags = {
+        "--fixed": {"dynamic": False},
+        "--fp16": {"half": True},
+        "--pretrained": {"pretrained": True},
+    }
+    texts = list(argv)
+    while texts:
+        text = texts.pop(0)
+        name, equals, value = text.partition("=")
+        if text in flags:
+            options |= flags[text]
+        elif name in ("--size", "--opset"):
+            numbers = value.replace("x", " ").split() if equals else []
+            while not equals and texts and texts[0].isdecimal():
+                numbers.append(texts.pop(0))
+            if not numbers or not all(number.isdecimal() for number in numbers) or (name == "--opset" and numbers[1:]):
+                raise ConfigError(f"{name} {value or ' '.join(texts[:1])}: whole numbers are needed")
+            options[name[2:]] = [int(n) for n in numbers] if name == "--size" else int(numbers[0])
+        elif text.startswith("-"):
+            raise ConfigError(f"{text}: no such option; known: {', '.join([*flags, '--size', '--opset'])}")
+        else:
+            paths.append(text)
+    if len(paths) != 2:
+        raise ConfigError(f"RUN and OUT.onnx are needed, found {' '.join(paths) or 'neither'}")
+    return paths, options
 
 
 def gate_maps(argv: Sequence[str]) -> int:
@@ -308,7 +383,7 @@ def bench(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """usage: vision-gates train|evaluate|folds|segment|gate-maps|models|bench ...
+    """usage: vision-gates train|evaluate|export|folds|segment|gate-maps|models|bench ...
 
     vision-gates COMMAND --help says more about a command.
     """
@@ -318,6 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": train,
         "evaluate": evaluate,
+        "export": export,
         "folds": folds,
         "segment": segment,
         "score": score,

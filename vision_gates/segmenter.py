@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_gates.decoders import create_decoder
+from vision_gates.gates.padding import pad_to_multiple
 
 __all__ = ["Segmenter", "create_segmenter"]
 
@@ -34,9 +34,7 @@ class Segmenter(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Map images (B, in_chans, H, W) to logits (B, num_classes, H, W)."""
         height, width = x_BCHW.shape[-2:]
-        pad_bottom, pad_right = -height % self.divisor, -width % self.divisor
-        if pad_bottom or pad_right:
-            x_BCHW = F.pad(x_BCHW, (0, pad_right, 0, pad_bottom), mode="replicate")
+        x_BCHW = pad_to_multiple(x_BCHW, (self.divisor, self.divisor))
         logits_BCHW = self.decoder(self.encoder(x_BCHW), x_BCHW)
         return logits_BCHW[..., :height, :width]
 

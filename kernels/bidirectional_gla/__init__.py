@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from vision_gates.kernels.bidirectional_gla.cpu_op import bidirectional_gla_cpu
+from vision_gates.kernels.bidirectional_gla.graph import bidirectional_gla_graph
 from vision_gates.kernels.bidirectional_gla.reference import bidirectional_gla_reference
-from vision_gates.kernels.launching import is_exporting
+from vision_gates.kernels.launching import graph_node, is_exporting
 
 __all__ = ["bidirectional_gla"]
 
@@ -46,7 +47,8 @@ def bidirectional_gla(
             the state grow). In q's dtype or float32.
         scale: factor of the result; K ** -0.5 by default.
         backend: "reference" (PyTorch: any device, torch.compile, torch.export, ONNX) or "triton" (CUDA, not float64).
-            By default CUDA tensors take the Triton kernel, float64 and all others the reference.
+            By default CUDA tensors take the Triton kernel, float64 and all others the reference; torch.export and ONNX
+            a form of the reference with few operators, `graph.py`.
 
     Returns:
         (B, N, H, V) in v's dtype, differentiable in all five tensors (once).
@@ -59,11 +61,12 @@ def bidirectional_gla(
     _check_arguments(q=q, k=k, v=v, g_forward=g_forward, g_backward=g_backward)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend is None:
-        # An exported graph holds plain operators, for whatever runs it.
-        on_kernel = q.is_cuda and _HAS_TRITON and q.dtype != torch.float64 and not is_exporting()
+        if is_exporting():  # an exported graph holds plain operators, for whatever runs it
+            return graph_node(bidirectional_gla_graph, q, k, v, g_forward, g_backward, like=v, scale=scale)
+        on_kernel = q.is_cuda and _HAS_TRITON and q.dtype != torch.float64
         backend = "triton" if on_kernel else "reference"
     if backend == "reference":
-        if q.device.type == "cpu" and torch.compiler.is_dynamo_compiling() and not is_exporting():
+        if q.device.type == "cpu" and torch.compiler.is_dynamo_compiling():
             return bidirectional_gla_cpu(q, k, v, g_forward, g_backward, scale)
         return bidirectional_gla_reference(q, k, v, g_forward, g_backward, scale=scale)
     if backend != "triton":

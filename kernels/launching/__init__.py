@@ -1,14 +1,25 @@
 """What operators share: registering kernels so that torch.compile sees into them, and what a launch has to ask."""
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["as_rows", "autocast_dtype", "is_exporting", "on_device", "operator", "traceable"]
+__all__ = [
+    "as_rows",
+    "autocast_dtype",
+    "graph_node",
+    "is_exporting",
+    "on_device",
+    "operator",
+    "single_nodes",
+    "surely_equal",
+    "traceable",
+]
 
 # Triton, too, reads this once. Its interpreter takes no symbolic tensors, so there an operator stays closed.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -45,6 +56,46 @@ def is_exporting() -> bool:
     """Whether torch.export traces, which wants plain PyTorch; torch.compile does not count."""
     # torch.compiler.is_exporting() is also true under torch.compile in torch 2.11; the flag behind it is right.
     return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def surely_equal(sizes: Sequence[int], others: Sequence[int]) -> bool:
+    """Whether sizes are equal; in an exported graph that leaves some of them open, whether they always are.
+
+    There a comparison would fix them at the example's.
+    """
+    if not is_exporting():
+        return tuple(sizes) == tuple(others)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return len(sizes) == len(others) and all(statically_known_true(a == b) for a, b in zip(sizes, others, strict=True))
+
+
+_SINGLE_NODES: ContextVar[dict[str, Callable[..., Tensor]] | None] = ContextVar("single_nodes", default=None)
+
+
+@contextmanager
+def single_nodes() -> Iterator[dict[str, Callable[..., Tensor]]]:
+    """Export to ONNX what `graph_node` is given as one node each; collects the functions, by the nodes' names.
+
+    Whoever exports traces each function once and puts it in place of its nodes: a network that calls it in every layer
+    is traced in a fraction of the time.
+    """
+    functions: dict[str, Callable[..., Tensor]] = {}
+    token = _SINGLE_NODES.set(functions)
+    try:
+        yield functions
+    finally:
+        _SINGLE_NODES.reset(token)
+
+
+def graph_node(function: Callable[..., Tensor], *tensors: Tensor, like: Tensor, **numbers: float) -> Tensor:
+    """``function(*tensors, **numbers)`` in a graph that is exported; ``like`` has the result's shape and dtype."""
+    functions = _SINGLE_NODES.get()
+    if functions is None:
+        return function(*tensors, **numbers)
+    functions[function.__name__] = function
+    name = f"vision_gates::{function.__name__}"
+    return torch.onnx.ops.symbolic(name, tensors, attrs=numbers, dtype=like.dtype, shape=like.shape, version=1)
 
 
 def autocast_dtype(*tensors: Tensor) -> torch.dtype | None:

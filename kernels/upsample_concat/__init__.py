@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from vision_gates.kernels.launching import is_exporting
+from vision_gates.kernels.launching import is_exporting, surely_equal
 from vision_gates.kernels.upsample_concat.reference import upsample_concat_reference
 
 __all__ = ["upsample_concat"]
@@ -38,7 +38,7 @@ def upsample_concat(skip: Tensor, coarse: Tensor, *, backend: str | None = None)
         RuntimeError: the backend "triton" was asked for and is not available.
     """
     _check_arguments(skip, coarse)
-    doubles = all(fine == 2 * size for fine, size in zip(skip.shape[2:], coarse.shape[2:], strict=True))
+    doubles = surely_equal(skip.shape[2:], [2 * size for size in coarse.shape[2:]])
     if backend is None:
         on_kernel = _HAS_TRITON and doubles and skip.is_cuda and skip.dtype != torch.float64 and not is_exporting()
         backend = "triton" if on_kernel else "reference"

@@ -388,7 +388,8 @@ def test_export_with_dynamic_batch(decays, strict):
     tensors, _ = make((2, 35, 2, 4, 4), decays)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(_Module(), tuple(tensors), dynamic_shapes=({0: batch},) * 5, strict=strict)
-    assert not any("vision_gates" in str(node.target) for node in program.graph.nodes)  # plain operators only
+    operators = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert not any("vision_gates" in name for name in operators)  # plain ones only
     for n_batch in (1, 5):
         tensors, do = make((n_batch, 35, 2, 4, 4), decays, seed=2)
         assert_right([program.module()(*tensors)], exact(tensors, do))

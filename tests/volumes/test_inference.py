@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from vision_gates.errors import ConfigError, UserError
-from vision_gates.volumes import inference
+from vision_gates.volumes import inference, windows
+from vision_gates.volumes.blending import label_windows
 from vision_gates.volumes.inference import neighbour_slices, plan_inference, predict_labels
+from vision_gates.volumes.windows import plan_windows
 
 GIB = 2**30
 
@@ -217,7 +219,7 @@ def peak_bytes(function, folder):
     ],
 )
 def test_memory_is_what_the_plan_says(shape, changes, tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "_CHUNK_VOXELS", 4096)
+    monkeypatch.setattr(windows, "_CHUNK_VOXELS", 4096)
     settings = dict(num_classes=9, patch_size=(16, 16, 16), spatial_dims=3) | changes
     plan = plan_inference(shape, **settings)
     network, image = pointwise(plan.in_channels, 9, settings["spatial_dims"]), image_of(*shape)
@@ -335,6 +337,38 @@ def test_smaller_batches_where_memory_is_short(error):
     limit = 0
     with pytest.raises(UserError, match=r"^cpu has too little memory for one window of 6 x 6 x 6: lower patch_size$"):
         predict_labels(network, image, **settings)
+
+
+@pytest.mark.parametrize(
+    ("dims", "changes"),
+    [
+        (3, dict(overlap=0.75, batch_size=3)),
+        (3, dict(mirror=(0, 2))),
+        (2, dict(neighbours=1, mirror=(0, 2), batch_size=2)),
+        (2, dict(slice_axis=0, overlap=0.25)),
+    ],
+)
+def test_numpy_finds_the_same_labels(dims, changes):
+    settings = dict(num_classes=4, patch_size=(8, 10, 12)[:dims], spatial_dims=dims) | changes
+    image, steps = image_of(2, 13, 17, 15), []
+    plan = plan_windows(image.shape, **settings)
+    network = convolutional(plan.in_channels, 4, dims)
+
+    def on_arrays(x):
+        assert x.flags.c_contiguous and x.dtype == np.float32
+        with torch.no_grad():
+            return network(torch.from_numpy(x)).numpy()
+
+    labels = label_windows(on_arrays, image, plan, progress=lambda *step: steps.append(step))
+    expected = predict_labels(network, image, **settings)
+    assert labels.dtype == expected.dtype and (labels == expected).mean() > 0.9999 and len(np.unique(labels)) == 4
+    assert steps[-1] == (plan.num_windows, plan.num_windows) and len(steps) == -(-plan.num_windows // plan.batch_size)
+    for wrong, message in (
+        (lambda x: x[:, :1], "returns .*, not logits"),
+        (lambda x: on_arrays(x) * np.nan, "not finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            label_windows(wrong, image, plan)
 
 
 def test_other_errors_of_the_network_pass():

@@ -8,6 +8,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,16 @@ from PIL import Image, ImageOps
 from vision_gates.datasets.tiff import read_tiff
 from vision_gates.errors import DataError
 
-__all__ = ["IMAGE_SUFFIXES", "MASK_SUFFIXES", "read_image", "read_mask", "set_channels", "to_float"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MASK_SUFFIXES",
+    "normalise",
+    "read_image",
+    "read_mask",
+    "resize",
+    "set_channels",
+    "to_float",
+]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
@@ -192,3 +202,35 @@ def set_channels(image: NDArray[Any], channels: Literal[1, 3] | None, path: Path
     if image.shape[2] != 3:
         raise DataError(f"{path}: {image.shape[2]} channels; data.channels={channels} converts only grey and RGB")
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[:, :, None]
+
+
+def resize(array: NDArray[Any], size: tuple[int, int], *, labels: bool = False) -> NDArray[Any]:
+    """Resize an (H, W, C) image (area average down, bilinear up) or (H, W) labels (nearest) to (height, width)."""
+    if array.shape[:2] == tuple(size):
+        return array
+    height, width = size
+    if labels:
+        # _EXACT samples at pixel centres, as the image's interpolation does; labels below 2^24 are exact in float32.
+        return cv2.resize(array.astype(np.float32), (width, height), interpolation=cv2.INTER_NEAREST_EXACT).astype(
+            array.dtype
+        )
+    shrinks = height <= array.shape[0] and width <= array.shape[1]
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    # OpenCV resizes at most 4 channels at a time.
+    parts = [array[:, :, c : c + 4] for c in range(0, array.shape[2], 4)]
+    parts = [cv2.resize(p, (width, height), interpolation=method).reshape(height, width, p.shape[2]) for p in parts]
+    return np.concatenate(parts, axis=2)
+
+
+def normalise(
+    image_HWC: NDArray[np.float32],
+    mean: Sequence[float] | NDArray[np.float32] | None,
+    std: Sequence[float] | NDArray[np.float32] | None,
+) -> NDArray[np.float32]:
+    """Subtract each channel's mean and divide by its deviation; None: the image's own."""
+    if mean is None or std is None:
+        mean_C, std_C = image_HWC.mean(axis=(0, 1)), image_HWC.std(axis=(0, 1))
+    else:
+        mean_C, std_C = np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
+    normalised_HWC: NDArray[np.float32] = (image_HWC - mean_C) / np.maximum(std_C, 1e-6)
+    return normalised_HWC

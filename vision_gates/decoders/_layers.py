@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_gates.gates.attention_gate import norm_layer
+from vision_gates.kernels.launching import surely_equal
 
 __all__ = ["check_levels", "conv_norm_act", "norm_act", "resize"]
 
@@ -37,6 +38,6 @@ def conv_norm_act(in_chans: int, out_chans: int, *, stride: int = 1) -> nn.Seque
 
 def resize(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
     """Interpolate bilinearly to the height and width of another map."""
-    if x_BCHW.shape[-2:] == like_BCHW.shape[-2:]:
+    if surely_equal(x_BCHW.shape[-2:], like_BCHW.shape[-2:]):
         return x_BCHW
     return F.interpolate(x_BCHW, size=like_BCHW.shape[-2:], mode="bilinear", align_corners=False)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from vision_gates.augmentation import run_pipeline
 from vision_gates.datasets.base import Split
-from vision_gates.datasets.images import to_float
+from vision_gates.datasets.images import normalise, resize, to_float
 from vision_gates.errors import ConfigError, DataError, UserError
 
 __all__ = ["EvalBatches", "ImageDataset", "Loader", "TrainBatches", "derive_seed", "resize"]
@@ -28,24 +28,6 @@ def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
     """An independent 32-bit seed for one purpose ("shuffle", "augment", "step" ...) and place in the run."""
     key = [seed, zlib.crc32(purpose.encode()), *numbers]
     return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-def resize(array: np.ndarray, size: tuple[int, int], *, labels: bool = False) -> np.ndarray:
-    """Resize an (H, W, C) image (area average down, bilinear up) or (H, W) labels (nearest) to (height, width)."""
-    if array.shape[:2] == tuple(size):
-        return array
-    height, width = size
-    if labels:
-        # _EXACT samples at pixel centres, as the image's interpolation does; labels below 2^24 are exact in float32.
-        return cv2.resize(array.astype(np.float32), (width, height), interpolation=cv2.INTER_NEAREST_EXACT).astype(
-            array.dtype
-        )
-    shrinks = height <= array.shape[0] and width <= array.shape[1]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    # OpenCV resizes at most 4 channels at a time.
-    parts = [array[:, :, c : c + 4] for c in range(0, array.shape[2], 4)]
-    parts = [cv2.resize(p, (width, height), interpolation=method).reshape(height, width, p.shape[2]) for p in parts]
-    return np.concatenate(parts, axis=2)
 
 
 class ImageDataset(Dataset[Any]):
@@ -105,13 +87,9 @@ class ImageDataset(Dataset[Any]):
                     f"augment.{section}: fails on {sample.name} of shape {tuple(sample.image.shape)}: {reason}"
                 ) from error
         image_HWC = resize(image_HWC, self.image_size)
-        if self.mean is None:
-            mean_C, std_C = image_HWC.mean(axis=(0, 1)), image_HWC.std(axis=(0, 1))
-        else:
-            mean_C, std_C = self.mean, self.std
-            if image_HWC.shape[2] != len(mean_C):
-                raise DataError(f"{sample.name}: {image_HWC.shape[2]} channels, the training images have {len(mean_C)}")
-        image_HWC = (image_HWC - mean_C) / np.maximum(std_C, 1e-6)
+        if self.mean is not None and image_HWC.shape[2] != len(self.mean):
+            raise DataError(f"{sample.name}: {image_HWC.shape[2]} channels, the training images have {len(self.mean)}")
+        image_HWC = normalise(image_HWC, self.mean, self.std)
         target = sample.target if mask_HW is None else resize(mask_HW, self.image_size, labels=True)
         return {
             "image": torch.from_numpy(np.ascontiguousarray(image_HWC.transpose(2, 0, 1), dtype=np.float32)),

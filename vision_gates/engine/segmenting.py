@@ -18,17 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vision_gates.config import RunConfig
 from vision_gates.datasets.base import few, how_many
 from vision_gates.engine.building import RunInfo, load_run
 from vision_gates.engine.evaluation import load_best
 from vision_gates.engine.run_directory import RunDirectory, atomic_write_text, to_json
 from vision_gates.engine.volume_data import VolumePredictor
 from vision_gates.errors import ConfigError, DataError, UserError
+from vision_gates.export.runtime import Session, VolumeLabeller
 from vision_gates.volumes.dicom import needs
 from vision_gates.volumes.dicom_seg import write_dicom_seg
 from vision_gates.volumes.preprocessing import prepare, restore_labels
@@ -84,7 +85,8 @@ def segment(
     Args:
         source: a volume file, a DICOM folder, or a folder of such (``CASE_0000.nii.gz`` is a channel of CASE).
         out: the mask to write, or for several cases, or where it has no suffix of a volume, a folder for them.
-        run_dir: run directory of a network trained on volumes; its best weights are used.
+        run_dir: run directory of a network trained on volumes, whose best weights are used; or OUT.onnx, which was
+            exported from one: then ONNX Runtime computes, and the report shows no gates.
         options: see `SegmentOptions`.
         console: where progress is shown; None: standard output.
 
@@ -97,7 +99,8 @@ def segment(
     """
     options = options or SegmentOptions()
     console = console or Console(highlight=False, soft_wrap=True)
-    config, info = load_run(run_dir)
+    checkpoint = _Exported(run_dir, options) if str(run_dir).lower().endswith(".onnx") else _Run(run_dir, options)
+    info = checkpoint.info
     if info.segments is None:
         raise ConfigError(f"{run_dir}: was trained on images; a run trained on volumes (data.type=volumes) is needed")
     cases, folder, prefix = find_inputs(source, out, options, channels=len(info.segments.channel_names))
@@ -111,17 +114,15 @@ def segment(
                     f"{case.out}: a DICOM segmentation needs a DICOM series as input, not {case.images[0]}"
                 )
             needs("highdicom")
-    device = _device(options.device)
-    network, weights = load_best(RunDirectory(run_dir), config, info)
-    predictor = _predictor(network, config, info, options, device)
-    console.print(f"{how_many(len(cases), 'case')}, {config.model.name} from {weights}, {device}", markup=False)
+    predictor, origin = checkpoint.load()
+    console.print(f"{how_many(len(cases), 'case')}, {checkpoint.model} from {origin}", markup=False)
     for number, case in enumerate(cases, start=1):
         if done.has(case) and not options.overwrite:
             console.print(f"{number}/{len(cases)} {case.name}: done before", markup=False)
             continue
         title = f"{number}/{len(cases)} {case.name}"
         begin = partial(done.begin, case.name)
-        done.add(case.name, *_segment_case(case, predictor, config, info, options, console, title, begin))
+        done.add(case.name, *_segment_case(case, predictor, checkpoint, options, console, title, begin))
     console.print(f"volumes: {done.path('volumes.csv')}", markup=False)
     if options.report:
         console.print(f"report: {done.write_report([case.name for case in cases])}", markup=False)
@@ -189,34 +190,93 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _predictor(
-    network: torch.nn.Module, config: RunConfig, info: RunInfo, options: SegmentOptions, device: torch.device
-) -> VolumePredictor:
-    assert info.segments is not None
-    volumes = info.segments
-    given = {"overlap": options.overlap, "mirror": options.mirror}
-    volumes = volumes.model_copy(update={key: value for key, value in given.items() if value is not None})
-    return VolumePredictor(
-        network.to(device).eval(),
-        volumes,
-        num_classes=len(info.class_names),
-        batch_size=options.batch_size or config.data.batch_size,
-        device=device,
-    ).eval()
+class _Run:
+    """The network of a run directory."""
+
+    def __init__(self, path: str | Path, options: SegmentOptions) -> None:
+        self._path, self._options = path, options
+        self._config, self.info = load_run(path)
+        self.model, self.precision = self._config.model.name, self._config.trainer.precision
+
+    def load(self) -> tuple[VolumePredictor, str]:
+        """What labels volumes, and where its weights are from."""
+        options, volumes = self._options, self.info.segments
+        assert volumes is not None
+        device = _device(options.device)
+        network, weights = load_best(RunDirectory(self._path), self._config, self.info)
+        given = {"overlap": options.overlap, "mirror": options.mirror}
+        predictor = VolumePredictor(
+            network.to(device).eval(),
+            volumes.model_copy(update={key: value for key, value in given.items() if value is not None}),
+            num_classes=len(self.info.class_names),
+            batch_size=options.batch_size or self._config.data.batch_size,
+            device=device,
+        )
+        return predictor.eval(), f"{weights}, {device}"
+
+
+class _Exported:
+    """A network that ``export`` wrote, in the place of a run."""
+
+    def __init__(self, path: str | Path, options: SegmentOptions) -> None:
+        if options.precision is not None:
+            raise ConfigError(f"precision={options.precision}: an exported network has its own; export it with --fp16")
+        self._session, self._options = Session(path, device=options.device), options
+        about = self._session.about
+        self.model, self.precision = str(about.model.get("name", "a network")), "no"
+        self.info = RunInfo(
+            class_names=self._session.class_names,
+            in_chans=about.in_chans,
+            mean=None,
+            std=None,
+            class_weights=None,
+            counts={},
+            images={},
+            volumes=about.volumes,
+        )
+
+    def load(self) -> tuple[VolumePredictor, str]:
+        """As of a run."""
+        options = self._options
+        labeller = self._session.labeller(overlap=options.overlap, mirror=options.mirror, batch_size=options.batch_size)
+        return _ExportedPredictor(labeller), f"{self._session.path}, ONNX Runtime"
+
+
+class _ExportedPredictor(VolumePredictor):
+    """ONNX Runtime labels the volume; there is no network whose gates a report could show."""
+
+    def __init__(self, labeller: VolumeLabeller) -> None:
+        super().__init__(
+            torch.nn.Identity(),
+            labeller.info,
+            num_classes=labeller.session.num_classes,
+            batch_size=labeller.batch_size,
+            device=torch.device("cpu"),
+        )
+        self._labeller = labeller
+
+    def predict(
+        self,
+        image_CXYZ: torch.Tensor | NDArray[np.float32],
+        *,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> NDArray[Any]:
+        """As of a network of PyTorch's; ``autocast`` has no effect."""
+        return self._labeller.predict(np.asarray(image_CXYZ), progress=progress)
 
 
 def _segment_case(
     case: _Case,
     predictor: VolumePredictor,
-    config: RunConfig,
-    info: RunInfo,
+    checkpoint: "_Run | _Exported",
     options: SegmentOptions,
     console: Console,
     title: str,
     begin: Callable[[], None],
 ) -> tuple[dict[str, Any], str | None]:
     """Read, predict, ``begin``, write; returns the case's row of the tables and its part of the report."""
-    began = time.perf_counter()
+    began, info = time.perf_counter(), checkpoint.info
     volumes = [read_volume(path, series=options.series) for path in case.images]
     prepared = prepare(predictor.info.preprocessing, volumes)
     shape = " x ".join(map(str, volumes[0].geometry.shape))
@@ -233,7 +293,7 @@ def _segment_case(
         try:
             labels = predictor.predict(
                 prepared.image,
-                autocast=lambda: _autocast(options.precision or config.trainer.precision, predictor.device),
+                autocast=lambda: _autocast(options.precision or checkpoint.precision, predictor.device),
                 progress=lambda now, total: bar.update(task, completed=now, total=total),
             )
         except UserError as error:
@@ -244,7 +304,7 @@ def _segment_case(
     if empty:
         console.print(f"{title}: nothing was found, and a DICOM segmentation cannot be empty: none is written")
     elif case.out.name.lower().endswith(_DICOM):
-        names, model = info.class_names, config.model.name
+        names, model = info.class_names, checkpoint.model
         write_dicom_seg(case.out, on_source, case.images[0], names=names, model=model, series=options.series)
     else:
         write_labels(case.out, on_source, prepared.source, names=info.class_names)

@@ -6,12 +6,11 @@ As in data.py, all that is random is a function of (seed, epoch, sample), never 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -22,54 +21,14 @@ from vision_gates.gate_maps import gates_of
 from vision_gates.modality_dropout import modality_dropout, ramped
 from vision_gates.volumes.augmentation import VolumePipeline
 from vision_gates.volumes.cache import CachedCase
-from vision_gates.volumes.geometry import Geometry, reorient, reorient_like
+from vision_gates.volumes.geometry import Geometry
 from vision_gates.volumes.inference import InferencePlan, neighbour_slices, plan_inference, predict_labels
-from vision_gates.volumes.preprocessing import Preprocessing
+from vision_gates.volumes.info import VolumeInfo
 
 __all__ = ["VolumeCases", "VolumeInfo", "VolumePatches", "VolumePredictor", "choose_patch_size"]
 
 _MARGIN = 1.25  # patches are cut so much wider where a transform turns them
 _SIDE_MULTIPLE = 16  # of patches chosen here; networks take any size
-
-
-class VolumeInfo(BaseModel):
-    """How a run looks at volumes; part of run.json.
-
-    Attributes:
-        preprocessing: from files to what the network sees.
-        spatial_dims: 2: slices; 3: patches.
-        patch_size: voxels of a window; rows and columns, or x, y and z.
-        slice_axis: with slices, the axis they are counted along.
-        neighbours: with slices, how many on each side are further channels.
-        channel_names: of the modalities.
-        overlap: of neighbouring windows.
-        mirror: whether the predictions of mirror images are averaged.
-        view: axes of the grid that ``slice_axis`` and ``patch_size`` speak of, as `Geometry.orientation`.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    preprocessing: Preprocessing
-    spatial_dims: Literal[2, 3]
-    patch_size: tuple[int, ...]
-    slice_axis: Literal[0, 1, 2] = 2
-    neighbours: int = 0
-    channel_names: tuple[str, ...]
-    overlap: float = 0.5
-    mirror: bool = False
-    view: str = "RAS"
-
-    def describe(self) -> str:
-        """What the network sees: "48 x 64 x 48 voxels of 1 x 1 x 1 mm"."""
-        what = "voxels" if self.spatial_dims == 3 else f"pixels of slices across {'xyz'[self.slice_axis]},"
-        spacing = self.preprocessing.spacing
-        voxel = "" if spacing is None else f" of {' x '.join(f'{mm:.3g}' for mm in spacing)} mm"
-        return f"{' x '.join(map(str, self.patch_size))} {what}{voxel}"
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the network's input."""
-        return len(self.channel_names) * (2 * self.neighbours + 1)
 
 
 def choose_patch_size(shape: Sequence[float], *, voxels: int) -> tuple[int, ...]:
@@ -257,33 +216,19 @@ class VolumePredictor(nn.Module):
         progress: Callable[[int, int], None] | None = None,
     ) -> NDArray[Any]:
         """Map (C, X, Y, Z), its axes in RAS order, to labels (X, Y, Z)."""
-        shape = image_CXYZ.shape[-3:]
-        grid = Geometry((shape[0], shape[1], shape[2]), np.eye(4))
-        viewed, view = reorient(np.asarray(image_CXYZ), grid, self.info.view)
+        viewed, back = self.info.viewed(np.asarray(image_CXYZ))
         labels = predict_labels(
             self.network, viewed, **self._windows(), device=self.device, autocast=autocast, progress=progress
         )
-        return reorient_like(labels, view, grid)
+        return back(labels)
 
     def plan(self, shape: Sequence[int]) -> InferencePlan:
         """What ``predict`` will do with an image (C, X, Y, Z), and the memory that it takes."""
-        grid = Geometry((shape[1], shape[2], shape[3]), np.eye(4))
-        _, view = reorient(np.broadcast_to(np.uint8(0), grid.shape), grid, self.info.view)
-        return plan_inference((shape[0], *view.shape), **self._windows(), device=self.device)
+        viewed, _ = self.info.viewed(np.broadcast_to(np.uint8(0), tuple(shape)))
+        return plan_inference(viewed.shape, **self._windows(), device=self.device)
 
     def _windows(self) -> dict[str, Any]:
-        info = self.info
-        axes = [axis for axis in range(3) if info.spatial_dims == 3 or axis != info.slice_axis]
-        return dict(
-            num_classes=self.num_classes,
-            patch_size=info.patch_size,
-            spatial_dims=info.spatial_dims,
-            neighbours=info.neighbours,
-            slice_axis=info.slice_axis,
-            overlap=info.overlap,
-            mirror=axes if info.mirror else (),
-            batch_size=self.batch_size,
-        )
+        return self.info.windows(num_classes=self.num_classes, batch_size=self.batch_size)
 
     def displayed(self, batch: dict[str, Any], labels_1XYZ: Tensor) -> tuple[dict[str, Any], Tensor]:
         """For pictures of a batch of one case: the slices with most foreground, as `OverlayCollector` takes them.

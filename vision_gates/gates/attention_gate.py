@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vision_gates.kernels.launching import surely_equal
+
 __all__ = ["AttentionGate", "conv_layer", "dropout_layer", "init_conv_and_norm", "norm_layer", "resize"]
 
 GateStyle = Literal["grid", "additive", "concat"]
@@ -80,7 +82,7 @@ def dropout_layer(rate: float, *, spatial_dims: int) -> nn.Module:
 
 def resize(x_BCS: Tensor, size: tuple[int, ...]) -> Tensor:
     """Interpolate linearly over all spatial axes to ``size`` (pixel centres, not corners, are aligned)."""
-    if tuple(x_BCS.shape[2:]) == tuple(size):
+    if surely_equal(x_BCS.shape[2:], size):
         return x_BCS
     return F.interpolate(x_BCS, size=size, mode=_LINEAR_MODES[x_BCS.ndim], align_corners=False)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_gates.gates.gnconv import DepthwiseConv2d
-from vision_gates.kernels.launching import is_exporting
+from vision_gates.kernels.launching import is_exporting, surely_equal
 
 __all__ = ["GlobalLocalFilter", "circular_filter", "circular_filter_by_products", "resize_spectrum"]
 
@@ -66,7 +66,7 @@ class GlobalLocalFilter(nn.Module):
 
 def resize_spectrum(weight_CHV2: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a complex map (C, rows, columns, 2) bilinearly, corners on corners; the official rule."""
-    if tuple(weight_CHV2.shape[1:3]) == tuple(size):
+    if surely_equal(weight_CHV2.shape[1:3], size):
         return weight_CHV2
     maps_2CHV = weight_CHV2.permute(3, 0, 1, 2)
     return F.interpolate(maps_2CHV, size=size, mode="bilinear", align_corners=True).permute(1, 2, 3, 0)
@@ -130,6 +130,8 @@ def _filter_by_products(x_BHWC: Tensor, weight_CHV2: Tensor) -> Tensor:
 def _angles(rows: int, period: int, *, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of 2 pi k n / period over sqrt(period), k < rows, n < period, in the dtype of ``like``."""
     k, n = torch.arange(rows, device=like.device), torch.arange(period, device=like.device)
+    turn = n[-1] + 1  # the period as a tensor, since a graph that leaves it open has no number for it
     # The product is reduced as an integer: a float32 angle of many turns would be coarse.
-    angle = (k[:, None] * n[None, :] % period).to(like.dtype) * (2 * math.pi / period)
-    return angle.cos() / math.sqrt(period), angle.sin() / math.sqrt(period)
+    angle = (k[:, None] * n[None, :] % turn).to(like.dtype) * (2 * math.pi / turn.to(like.dtype))
+    norm = turn.to(like.dtype).rsqrt()
+    return angle.cos() * norm, angle.sin() * norm

@@ -5,6 +5,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision_gates.kernels.launching import surely_equal
+
 __all__ = ["fit_pos_embed", "resize_pos_embed", "unwrap"]
 
 
@@ -19,7 +21,7 @@ def unwrap(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def resize_pos_embed(pos_embed_1NC: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """Resize a learned position embedding bicubically, in float32; the official rule (no anti-aliasing)."""
-    if grid == new_grid:
+    if surely_equal(grid, new_grid):
         return pos_embed_1NC
     maps_1CHW = pos_embed_1NC.float().unflatten(1, grid).permute(0, 3, 1, 2)
     maps_1CHW = F.interpolate(maps_1CHW, size=new_grid, mode="bicubic", align_corners=False)

@@ -12,6 +12,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from vision_gates.gates.attention_gate import Norm, conv_layer, dropout_layer, norm_layer, resize
+from vision_gates.gates.padding import pad_to_multiple
 from vision_gates.kernels.launching import is_exporting
 
 __all__ = ["DeepSupervision", "UNet", "conv_norm_act", "double_conv", "one_of"]
@@ -158,10 +159,7 @@ class UNet(nn.Module):
                 f"norm {self.norm!r} cannot normalise the single position that an input of size {tuple(size)} leaves "
                 f"at the coarsest level: give one axis more than {self.divisor} positions, or use norm 'group'"
             )
-        missing = [-n % self.divisor for n in size]
-        if any(missing):
-            x_BCS = F.pad(x_BCS, [pad for m in reversed(missing) for pad in (0, m)], mode="replicate")
-        return x_BCS
+        return pad_to_multiple(x_BCS, (self.divisor,) * self.spatial_dims)
 
 
 def one_of(names: Iterable[str]) -> str:

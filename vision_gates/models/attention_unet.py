@@ -285,7 +285,8 @@ class AttentionUNetEncoder(LayeredModel):
         joined_BCHW = torch.cat((centre_BCHW, *means), dim=1)
         height, width = x_BCHW.shape[2:]
         levels = [
-            level[..., : -(-height // 2**i), : -(-width // 2**i)] for i, level in enumerate((*decoded, joined_BCHW))
+            level[..., : (height + 2**i - 1) // 2**i, : (width + 2**i - 1) // 2**i]
+            for i, level in enumerate((*decoded, joined_BCHW))
         ]
         return levels[-1].permute(0, 2, 3, 1), {i: levels[i].permute(0, 2, 3, 1) for i in keep}
 

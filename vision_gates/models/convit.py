@@ -17,6 +17,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision_gates.gates import GatedPositionalSelfAttention
+from vision_gates.kernels.launching import surely_equal
 from vision_gates.models._build import build_model
 from vision_gates.models._checkpoint import fit_pos_embed, resize_pos_embed, unwrap
 from vision_gates.models._layered import LayeredModel, drop_path_rates
@@ -159,12 +160,13 @@ class ConViT(LayeredModel):
         return dict(stem=stem, blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))])
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
-        return -(-height // self.patch_size), -(-width // self.patch_size)
+        # Rounded up, but no -(-n // size): in ONNX integers divide towards zero.
+        return (height + self.patch_size - 1) // self.patch_size, (width + self.patch_size - 1) // self.patch_size
 
     def _embed(self, x_BCHW: Tensor) -> Tensor:
         height, width = x_BCHW.shape[-2:]
         H, W = self._grid(height, width)
-        if (H * self.patch_size, W * self.patch_size) != (height, width):
+        if not surely_equal((H * self.patch_size, W * self.patch_size), (height, width)):
             x_BCHW = F.pad(x_BCHW, (0, W * self.patch_size - width, 0, H * self.patch_size - height))
         x_BHWC = embed_patches(x_BCHW, self.patch_embed).permute(0, 2, 3, 1)
         # Under autocast the sum is float32, and so is the residual stream from here on.

@@ -10,10 +10,10 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_gates.gates.attention_gate import Norm, conv_layer, init_conv_and_norm
+from vision_gates.gates.padding import pad_to_multiple
 from vision_gates.kernels.upsample_concat import upsample_concat
 from vision_gates.models._layered import drop_path_rates
 from vision_gates.models._unet import DeepSupervision, UNet, double_conv
@@ -135,11 +135,7 @@ class HorNetUNet(UNet):
 
     def padded(self, x_BCS: Tensor) -> Tensor:
         """Check the input and pad each axis to a multiple of its divisor."""
-        x_BCS = super().padded(x_BCS)
-        missing = [-n % divisor for n, divisor in zip(x_BCS.shape[2:], self.divisors, strict=True)]
-        if any(missing):
-            x_BCS = F.pad(x_BCS, [pad for m in reversed(missing) for pad in (0, m)], mode="replicate")
-        return x_BCS
+        return pad_to_multiple(super().padded(x_BCS), self.divisors)
 
 
 def _block(dim: int, *, order: int, kernel_size: int, spatial_dims: int, drop_path: float) -> HorNetBlock:
