@@ -12,7 +12,9 @@ from torch import Tensor, nn
 __all__ = ["write_out"]
 
 _DOMAIN = "vision_gates"
-_TRACED = {0: 2, 1: 1748}  # sizes of open axes in the trace; like no other, and many tokens: see onnx._TRACED
+# Sizes of the axes in a trace, all of them but the last left open, so that one trace serves layers of different widths;
+# they are like no other, and the tokens many: see onnx._TRACED.
+_TRACED = (2, 1748, 7)
 
 
 class _Call(nn.Module):
@@ -38,12 +40,11 @@ def write_out(model: Any, functions: Mapping[str, Callable[..., Tensor]], *, ops
     for node in model.graph:
         if node.domain != _DOMAIN:
             continue
-        shapes = tuple(tuple(size if isinstance(size, int) else None for size in x.shape) for x in node.inputs)
+        widths = tuple(x.shape[-1] for x in node.inputs)
         numbers = {name: attribute.as_float() for name, attribute in node.attributes.items()}
-        kind = (node.op_type, shapes, tuple(x.dtype for x in node.inputs), tuple(sorted(numbers.items())))
+        kind = (node.op_type, widths, tuple(x.dtype for x in node.inputs), tuple(sorted(numbers.items())))
         if kind not in written:
-            inputs = [_example(x, shape) for x, shape in zip(node.inputs, shapes, strict=True)]
-            graph = _trace(_Call(functions[node.op_type], numbers), inputs, shapes, opset=opset)
+            graph = _trace(_Call(functions[node.op_type], numbers), [_example(x) for x in node.inputs], opset=opset)
             written[kind] = _function(graph, f"{node.op_type}_{len(written)}")
             model.functions[written[kind].identifier()] = written[kind]
         node.op_type, node.version = written[kind].name, None
@@ -54,16 +55,13 @@ def write_out(model: Any, functions: Mapping[str, Callable[..., Tensor]], *, ops
         model.opset_imports.pop(_DOMAIN, None)
 
 
-def _example(value: Any, shape: tuple[int | None, ...]) -> Tensor:
-    sizes = [_TRACED[axis] if size is None else size for axis, size in enumerate(shape)]
-    dtype = getattr(torch, str(value.dtype.numpy()))
-    return torch.zeros(sizes, dtype=dtype)
+def _example(value: Any) -> Tensor:
+    assert len(value.shape) == len(_TRACED) + 1
+    return torch.zeros((*_TRACED, value.shape[-1]), dtype=getattr(torch, str(value.dtype.numpy())))
 
 
-def _trace(call: nn.Module, inputs: list[Tensor], shapes: tuple[tuple[int | None, ...], ...], *, opset: int) -> Any:
-    is_open = tuple(
-        {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(shape) if size is None} for shape in shapes
-    )
+def _trace(call: nn.Module, inputs: list[Tensor], *, opset: int) -> Any:
+    is_open = tuple({axis: torch.export.Dim.DYNAMIC for axis in range(len(_TRACED))} for _ in inputs)
     program = torch.export.export(call, tuple(inputs), dynamic_shapes=(is_open,), strict=False)
     exported: Any = torch.onnx.export(program, dynamo=True, opset_version=opset, optimize=False, verbose=False)
     return exported.model.graph

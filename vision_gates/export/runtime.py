@@ -4,6 +4,7 @@ What is done before and after the network is the code that training, ``tools/eva
 """
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ __all__ = ["Session", "VolumeLabeller", "first_line", "needs", "open_session"]
 
 def needs(package: str) -> Any:
     """Import a package of the extra ``export``; `ConfigError` if it is not installed."""
+    # ONNX Runtime reports to Microsoft unless told not to before its import (its Privacy.md).
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         return importlib.import_module(package)
     except ImportError as error:

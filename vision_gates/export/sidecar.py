@@ -80,7 +80,7 @@ class Sidecar(_Frozen):
             return cls.model_validate_json(text)
         except ValidationError as error:
             fault = error.errors(include_url=False)[0]
-            key = ".".join(map(str, fault["loc"]))
+            key = " ".join(".".join(map(str, fault["loc"])).split())[:200]
             raise ConfigError(f"{source}: its description does not fit this version ({key}: {fault['msg']})") from error
 
 

@@ -17,9 +17,13 @@ Nothing else in vision_gates imports this package. For mmsegmentation's heads in
 ``vision_gates.decoders.mmseg``.
 """
 
+import os
+
 import vision_gates  # noqa: F401  (registers the vg_* models)
 from vision_gates.errors import ConfigError
 
+# mmsegmentation imports albumentations, which otherwise asks PyPI for its newest version.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 try:
     import mmseg.datasets  # noqa: F401  (of mmsegmentation, whose release 1.2 stops here without compiled operators)
 except ImportError as error:
