@@ -6,6 +6,7 @@ from pathlib import Path
 # The first update check or hub call of a library would make the tests depend on a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # Test processes share the cores (pytest -n): threads that spin while they wait would take them from each other.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if "PYTEST_XDIST_WORKER" in os.environ:
