@@ -14,8 +14,6 @@ floats, and {train,val,test}_labels, (N,) or (N, 1) integers from 0.
 
 import importlib
 import importlib.util
-import zipfile
-import zlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vision_gates.datasets.base import DataSplits, ImageDataConfig, Sample, Split, resolve_root
+from vision_gates.datasets.npz import npz_names, read_npz
 from vision_gates.errors import ConfigError, DataError
 
 __all__ = ["Config", "load"]
@@ -57,11 +56,7 @@ class Config(ImageDataConfig):
 @lru_cache(maxsize=6)
 def _array(path: str, key: str, mtime_ns: int) -> NDArray[Any]:
     """One array of the file, kept for the life of the process; ``mtime_ns`` makes a replaced file a new entry."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return np.asarray(arrays[key])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: array {key!r} cannot be read, the file may be incomplete ({error})") from error
+    return read_npz(path, [key])[key]
 
 
 class _Arrays(Split):
@@ -192,11 +187,7 @@ def _class_names(flag: str | None, num_classes: int) -> tuple[str, ...]:
 def load(config: Config) -> DataSplits:
     """The three splits of one file."""
     path, flag = _find(config)
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            keys = set(arrays.files)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a readable npz file, it may be incomplete ({error})") from error
+    keys = set(npz_names(path))
     needed = [f"{split}_{part}" for split in ("train", "val") for part in ("images", "labels")]
     missing = [key for key in needed if key not in keys]
     if missing:

@@ -46,7 +46,7 @@ class Description:
         by_value: dict[int, str] = {}
         for key, value in labels.items():
             name, number = (value, key) if isinstance(value, str) else (key, value)
-            if isinstance(number, bool) or not re.fullmatch(r"\d+", str(number)):
+            if isinstance(number, bool) or not re.fullmatch(r"\d{1,9}", str(number)):
                 raise DataError(f"{self.path}: labels: {name!r} has the value {short(number)}; it must be 0, 1, 2 ...")
             if int(number) in by_value:
                 raise DataError(f"{self.path}: labels: {by_value[int(number)]!r} and {name!r} are both {int(number)}")

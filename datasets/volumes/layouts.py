@@ -36,6 +36,8 @@ __all__ = ["Case", "Layout", "find_layout", "patients_of"]
 
 Kind = Literal["nnunet", "msd", "pairs"]
 _CHANNEL = re.compile(r"(.+)_(\d{4})")
+_LONGEST_NAME = 200
+_CASE = re.compile(rf"(?!\.)[^/\\\x00-\x1f\x7f]{{1,{_LONGEST_NAME}}}")
 _BIDS = re.compile(r"(sub-[A-Za-z0-9]+)(?:_|$)")
 _TIME = re.compile(
     r"[_-](?:(?:frame|t|tp|time|timepoint|phase|visit|ses|session|run)[_-]?\d+|(?:baseline|followup)[_-]?\d*|ED|ES)$",
@@ -121,7 +123,7 @@ def patients_of(names: Sequence[str], groups: str | None = "auto") -> list[str]:
         try:
             if groups is not None and re.compile(groups).groups < 1:
                 raise ConfigError(f"data.groups: {groups!r} needs a group (...) around the part that names the patient")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(f"data.groups: {groups!r} is not a regular expression ({error})") from error
         return group_names(names, groups)
     stripped = [_without_time(name) for name in names]
@@ -296,7 +298,7 @@ def _listed(
     missing, twice = [], []
     for number, (given, entry) in enumerate(entries):
         known = entry if isinstance(entry, dict) else {}
-        texts = known.get("images") if "images" in known else [known.get("image")]
+        texts: Any = known.get("images") if "images" in known else [known.get("image")]
         label = known.get("label")
         right = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
         if not right or not (isinstance(label, str) or (label is None and key == "test")):
@@ -309,10 +311,17 @@ def _listed(
         if any(path.name.startswith("._") for path in images):
             continue
         name = given or stem(images[0])
+        if not _CASE.fullmatch(name):  # a case's name becomes those of files that are written
+            raise DataError(
+                f"{about.path}: {key}: the case {short(name)} cannot name a file; use letters, digits, _ and -, at "
+                f"most {_LONGEST_NAME}"
+            )
         if len(images) == 1 and not images[0].exists():
             suffix = images[0].name.removeprefix(stem(images[0]))
-            numbered = [images[0].with_name(f"{stem(images[0])}_{c:04d}{suffix}") for c in range(channels)]
-            images = numbered if numbered[0].exists() else images
+            folder = Path(texts[0]).parent
+            numbered = [(folder / f"{stem(images[0])}_{c:04d}{suffix}").as_posix() for c in range(channels)]
+            if (root / numbered[0]).exists():
+                images = [_below(root, about, key, text) for text in numbered]
         files = images if labels is None else [*images, labels]
         missing += [path.relative_to(root).as_posix() for path in files if not path.is_file()]
         twice += [name] if name in cases else []
@@ -325,8 +334,10 @@ def _listed(
 def _below(root: Path, about: Description, key: str, text: str) -> Path:
     """The file that dataset.json names; `DataError` if it lies outside the root, where a download has no business."""
     try:
-        inside = not Path(text).is_absolute() and (root / text).resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError, ValueError):  # a loop of links, a null character
+        path, inner = (root / text).resolve(), root.resolve()
+        inside = not Path(text).is_absolute() and path.is_relative_to(inner) and path != inner
+        path.exists()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a null character, a name that is too long
         inside = False
     if not inside:
         raise DataError(f"{about.path}: {key}: {short(text)} is not a file below {root}; name files relative to it")

@@ -13,7 +13,7 @@ import timm.optim
 from pydantic import BaseModel, ValidationError
 
 from vision_gates.config.schema import MONITORS, TASKS, RunConfig
-from vision_gates.datasets.base import available, data_config_type
+from vision_gates.datasets.base import available, data_config_type, one_line
 from vision_gates.decoders import available_decoders
 from vision_gates.errors import ConfigError
 from vision_gates.networks import available_networks, network_options
@@ -32,12 +32,13 @@ class Source:
         """ConfigError that names the override which set the key, else the file."""
         for dotted, text in reversed(self.overrides.items()):
             if key == dotted or key.startswith(f"{dotted}."):
-                return ConfigError(f"override '{text}': {key}: {problem}")
-        return ConfigError(f"{self.file}: {key}: {problem}")
+                return ConfigError(one_line(f"override '{text}': {key}: {problem}"))
+        return ConfigError(one_line(f"{self.file}: {key}: {problem}"))
 
 
 def nearest(name: str, valid: Sequence[str]) -> str:
     """The most similar of some names; for dotted keys, the last part counts as well as the whole."""
+    name = name[:200]  # comparing takes the product of the lengths
 
     def similarity(candidate: str) -> float:
         whole = SequenceMatcher(None, name.lower(), candidate.lower()).ratio()

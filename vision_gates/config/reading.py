@@ -13,6 +13,7 @@ import vision_gates
 from vision_gates.augmentation import build_pipeline
 from vision_gates.config.checking import Source, cross_checks, dotted_keys, explain, nearest, section_types
 from vision_gates.config.schema import RunConfig
+from vision_gates.datasets.base import one_line
 from vision_gates.errors import ConfigError
 from vision_gates.metrics import DEFAULT_MONITOR
 from vision_gates.networks import available_networks
@@ -21,9 +22,24 @@ from vision_gates.volumes.batch_augmentation import build_batch_augmentation
 
 __all__ = ["dump_config", "find_config", "load_config", "parse_config", "save_config"]
 
+# Far more than any configuration has. Files are not trusted: what is longer would only keep the parser busy.
+_MOST_BYTES, _MOST_VALUES, _MOST_CHARACTERS, _MOST_DEPTH = 2**18, 50_000, 10_000, 50
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars (1e-3 is a number, only true and false are booleans), and no key may be given twice."""
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        self._check_depth(self.flow_level)
+        super().fetch_flow_collection_start(TokenClass)
+
+    def add_indent(self, column: int) -> bool:
+        self._check_depth(len(self.indents))
+        return bool(super().add_indent(column))
+
+    def _check_depth(self, depth: int) -> None:
+        if depth >= _MOST_DEPTH:  # found here, before the parser gets into the thousands, where it takes many seconds
+            raise yaml.scanner.ScannerError(None, None, f"nested over {_MOST_DEPTH} deep", self.get_mark())
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -68,13 +84,49 @@ def find_config(path: str | Path) -> Path:
 
 
 def _parse_yaml(text: str, name: str) -> Any:
+    """Plain values as JSON has them; dates and the like become text."""
+    if len(text) > _MOST_BYTES:
+        raise ConfigError(f"{name}: {len(text):,} characters, a configuration has at most {_MOST_BYTES:,}")
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
+        _check_plain(value)
+        return json.loads(json.dumps(value, default=str))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{name}:{where} not valid YAML: {problem}") from error
+        raise ConfigError(one_line(f"{name}:{where} not valid YAML: {problem}")) from error
+    except RecursionError as error:
+        raise ConfigError(f"{name}: not valid YAML: values are nested too deeply") from error
+    except Exception as error:  # of constructors: a date without such a day, a number that is none
+        raise ConfigError(one_line(f"{name}: not valid YAML: {error or type(error).__name__}")) from error
+
+
+def _check_plain(value: Any) -> None:
+    """Raises ValueError for what JSON lacks, and for anchors that multiply: JSON writes a value wherever it is used."""
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES or depth > _MOST_DEPTH:
+            much = f"more than {_MOST_VALUES:,} values" if count > _MOST_VALUES else f"nested over {_MOST_DEPTH} deep"
+            raise ValueError(f"{much}, anchors counted wherever they are used")
+        if isinstance(item, dict):
+            for key in item:
+                if not isinstance(key, str | int | float | bool | None):
+                    raise ValueError(f"the key {key!r} is no text")
+            waiting += [(key, depth + 1) for key in item if isinstance(key, str)]
+            waiting += [(inner, depth + 1) for inner in item.values()]
+        elif isinstance(item, list | tuple | set):
+            waiting += [(inner, depth + 1) for inner in item]
+        elif isinstance(item, str):
+            item.encode()  # half of a surrogate pair is no text, and could never be written
+            if len(item) > _MOST_CHARACTERS:
+                raise ValueError(f"a text of {len(item):,} characters, at most {_MOST_CHARACTERS:,} are read")
 
 
 def _apply_override(raw: dict[str, Any], text: str, source: Source) -> None:
@@ -113,7 +165,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     file = find_config(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        with open(file, encoding="utf-8") as stream:
+            text = stream.read(_MOST_BYTES + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     return parse_config(_parse_yaml(text, str(path)), overrides, source=str(path))
@@ -163,6 +216,8 @@ def parse_config(raw: Any, overrides: Sequence[str] = (), *, source: str = "conf
     except ConfigError as error:
         key, _, problem = str(error).partition(": ")
         raise origin.error(key, problem) from error
+    except Exception as error:  # libraries check their arguments each in its own way
+        raise origin.error("augment", f"cannot be built ({type(error).__name__}: {error})") from error
     return config
 
 
@@ -186,5 +241,8 @@ def dump_config(config: RunConfig) -> str:
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write a configuration to a YAML file, at once or not at all."""
     writing = Path(f"{path}.writing")
-    writing.write_text(dump_config(config), encoding="utf-8")
-    writing.replace(path)
+    try:
+        writing.write_text(dump_config(config), encoding="utf-8")
+        writing.replace(path)
+    finally:
+        writing.unlink(missing_ok=True)

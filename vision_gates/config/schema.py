@@ -174,6 +174,11 @@ class TrainerConfig(Section):
     run_dir: str | None = Field(default=None, description="Run directory; null: runs/ and the name of the config file.")
     resume: bool = Field(default=False, description="Continue the run in run_dir from its last checkpoint.")
     precision: Literal["no", "bf16", "fp16"] = Field(default="no", description="Mixed precision (autocast).")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="Several processes (torchrun): ddp, each has the whole network; fsdp, weights and optimiser in "
+        "shards.",
+    )
     device: Literal["auto", "cpu"] = Field(default="auto", description="auto: GPU where there is one.")
     ema_decay: float | None = Field(
         default=None, gt=0, lt=1, description="Decay of the exponential moving average of the weights; null: off."
@@ -191,6 +196,10 @@ class TrainerConfig(Section):
         default=10.0, gt=0, description="Minutes between checkpoints within an epoch."
     )
     checkpoint_steps: int | None = Field(default=None, ge=1, description="Updates between checkpoints within an epoch.")
+    nan: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="At a loss that is NaN or infinite: stop, or skip the update (more than 10 in a row stop the run).",
+    )
     deterministic: bool = Field(default=True, description="Deterministic algorithms on the GPU (slower).")
     log_every: int = Field(default=10, ge=1, description="Updates between log lines.")
     compile: bool = Field(default=False, description="torch.compile the network and the loss.")

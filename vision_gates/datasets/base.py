@@ -39,12 +39,14 @@ __all__ = [
     "group_names",
     "how_many",
     "load_splits",
+    "one_line",
     "probe_channels",
     "resolve_root",
     "split_by_hash",
 ]
 
 Task = Literal["classification", "segmentation"]
+_LONGEST_LINE = 1000  # characters of a message
 
 
 class DataConfig(BaseModel):
@@ -167,9 +169,17 @@ class ChannelError(DataError):
         self.channels = channels
 
 
+def one_line(text: str) -> str:
+    """Text for a terminal, whatever a file holds: control characters as escapes, a long middle left out."""
+    if len(text) > _LONGEST_LINE:
+        half = _LONGEST_LINE // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def few(items: Sequence[object], *, limit: int = 3) -> str:
     """``a, b, c and 4 more``: the first items and the count of the others."""
-    shown = ", ".join(str(item) for item in items[:limit])
+    shown = ", ".join(one_line(str(item)) for item in items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit:,} more"
 
 
@@ -202,7 +212,7 @@ def data_config_type(type_name: str) -> type[DataConfig]:
     """The ``Config`` class of a data set; `ConfigError` with the nearest name and the list if there is no such set."""
     names = available()
     if type_name not in names:
-        near = difflib.get_close_matches(str(type_name), names, n=1)
+        near = difflib.get_close_matches(str(type_name)[:100], names, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"data.type: there is no data set {type_name!r}; {hint}(available: {', '.join(names)})")
     config_type: type[DataConfig] = importlib.import_module(f"vision_gates.datasets.{type_name}").Config

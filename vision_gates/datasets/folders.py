@@ -37,7 +37,7 @@ class FolderConfig(ImageDataConfig):
         if value is not None:
             try:
                 count = re.compile(value).groups
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"{value!r} is not a regular expression ({error})") from error
             if count < 1:
                 raise ValueError(f"{value!r} needs a group (...) around the part that names the patient")

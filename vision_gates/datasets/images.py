@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from vision_gates.datasets.npz import read_npy
 from vision_gates.datasets.tiff import read_tiff
 from vision_gates.errors import DataError
 
@@ -35,6 +36,11 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MASK_SUFFIXES = (*IMAGE_SUFFIXES, ".npy")
 _TIFF_SUFFIXES = (".tif", ".tiff")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")  # Pillow knows many more, such as PostScript, which it would run
+
+_PNG_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+
+_MOST_COMPRESSION, _ALWAYS_PIXELS = 1100, 2**22  # deflate shrinks by at most 1032:1, JPEG by little more
 
 
 def _check_png(data: bytes) -> None:
@@ -57,6 +63,11 @@ def _check_png(data: bytes) -> None:
 
 def _pillow_array(image: Image.Image, data: bytes, *, labels: bool) -> NDArray[Any]:
     """Pixels of an opened Pillow image. Labels: stored numbers; image: palette looked up, alpha dropped, turned."""
+    # Pillow takes the memory for all pixels before it reads the first. An empty WebP takes next to nothing.
+    bits = data[24] * _PNG_SAMPLES.get(data[25], 1) if image.format == "PNG" else 8 * len(image.getbands())
+    claimed, held = image.width * image.height * bits // 8, len(data)
+    if claimed > _MOST_COMPRESSION * held and image.width * image.height > _ALWAYS_PIXELS:
+        raise ValueError(f"its header claims {image.width} x {image.height} pixels, but it holds only {held:,} bytes")
     image.load()  # raises for a truncated file
     # Byte 24 of a PNG is its bit depth; Pillow opens 16-bit colour as 8-bit RGB.
     if image.format == "PNG" and data[24] == 16 and image.mode in ("RGB", "RGBA", "LA"):
@@ -94,7 +105,7 @@ def _decode(path: Path, *, labels: bool) -> NDArray[Any]:
         else:
             if data.startswith(_PNG_MAGIC):
                 _check_png(data)
-            with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 warnings.simplefilter("ignore")  # Pillow's remarks on metadata; what matters raises
                 array = _pillow_array(image, data, labels=labels)
     except MemoryError:
@@ -143,7 +154,7 @@ def read_mask(path: Path, *, threshold: int | None = None) -> NDArray[np.int64]:
     Raises `DataError` naming the file if it is damaged, has several differing channels, or holds fractions or NaN.
     """
     if path.suffix.lower() == ".npy":
-        array = _read_npy(path)
+        array = _read_npy_mask(path)
     else:
         array = _decode(path, labels=True)
     if array.shape[2] in (2, 4) and array.dtype.kind == "u":
@@ -167,11 +178,8 @@ def read_mask(path: Path, *, threshold: int | None = None) -> NDArray[np.int64]:
     return np.ascontiguousarray(array).astype(np.int64)
 
 
-def _read_npy(path: Path) -> NDArray[Any]:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read as a NumPy array ({' '.join(str(error).split())})") from error
+def _read_npy_mask(path: Path) -> NDArray[Any]:
+    array = read_npy(path)
     if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
         array = array[0] if array.shape[0] == 1 else array[:, :, 0]
     if array.ndim != 2 or array.dtype.kind not in "biuf":

@@ -20,6 +20,9 @@ __all__ = ["TruncatedError", "check_complete", "read_tiff"]
 # Bytes of each TIFF field type (1 byte, 2 ascii, 3 short ... 13 ifd, 16-18 the 8-byte types of BigTIFF).
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _MOST_CHANNELS_LAST = 16
+# LZW shrinks by at most 1365:1, an empty page in CCITT by more: up to _ALWAYS_SAMPLES are fine, whatever is claimed.
+_MOST_COMPRESSION, _ALWAYS_SAMPLES = 1400, 2**22
+_MOST_ABSENT = 2**14  # strips that a page claims and does not have: some writers count wrongly, millions take minutes
 
 
 class TruncatedError(ValueError):
@@ -40,9 +43,13 @@ def check_complete(data: bytes) -> None:
     try:
         (offset,) = struct.unpack_from(order + pointer, data, 8 if big else 4)
         seen: set[int] = set()
+        room = len(data) // entry_bytes
         while offset and offset not in seen:
             seen.add(offset)
             (entries,) = struct.unpack_from(order + count_type, data, offset)
+            room -= entries + 1
+            if room < 0:  # overlapping directories would take for ever
+                raise TruncatedError("truncated, or damaged: its directories are longer than the file")
             for i in range(entries):
                 entry = offset + count_bytes + i * entry_bytes
                 _, kind, count = struct.unpack_from(order + "HH" + pointer, data, entry)
@@ -93,9 +100,16 @@ def read_tiff(data: bytes, *, labels: bool) -> NDArray[Any]:
         page, series = tiff.pages.first, tiff.series[0]
         for part in tiff.pages:
             ends = [a + b for a, b in zip(part.dataoffsets, part.databytecounts, strict=True)]
-            if max(ends, default=0) > len(data):
+            absent = int(np.prod(part.chunked, dtype=object)) - len(ends)
+            if max(ends, default=0) > len(data) or absent > _MOST_ABSENT:
                 raise TruncatedError("truncated: pixels are missing")
         photometric, bits = page.photometric, page.bitspersample
+        samples = max(series.size, sum(part.size for part in tiff.pages))
+        most = len(data) * (1 if page.compression == tifffile.COMPRESSION.NONE else _MOST_COMPRESSION)
+        if samples > _ALWAYS_SAMPLES and samples * int(bits) // 8 > most:
+            raise TruncatedError(
+                f"its header claims {samples:,} samples of {bits} bits, but it holds {len(data):,} bytes"
+            )
         if photometric == tifffile.PHOTOMETRIC.PALETTE:
             with Image.open(io.BytesIO(data)) as image:
                 return np.atleast_3d(np.asarray(image if labels else image.convert("RGB")))

@@ -220,15 +220,19 @@ def _load_weights(network: nn.Module, source: str) -> None:
     if not path.is_file():
         raise ConfigError(f"model.checkpoint: {source}: no such weights file or run directory")
     try:
-        weights: dict[str, Tensor] = read_state_dict(str(path))
+        # weights_only: earlier versions of timm would run the code in a pickle.
+        weights: dict[str, Tensor] = read_state_dict(str(path), weights_only=True)
+        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+            raise ValueError("it holds other things than named tensors")
     except Exception as error:  # whatever the file's reader raises, the file is the cause
         raise ConfigError(f"model.checkpoint: {path}: cannot be read: {' '.join(str(error).split())}") from error
     parts = [part for part in (network, getattr(network, "encoder", None)) if isinstance(part, nn.Module)]
     part = max(parts, key=lambda p: len(p.state_dict().keys() & weights.keys()))
     try:
         weights = _in_present_layout(part, weights)
-    except ValueError as error:  # of a hook that knows why they do not fit
-        raise ConfigError(f"model.checkpoint: {path}: {error}") from error
+    except Exception as error:  # of a hook that knows why they do not fit, or did not think of such tensors
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"model.checkpoint: {path}: {reason}") from error
     own = part.state_dict()
     fits = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
     # The names of classifier and segmentation head differ between networks; by convention they contain these words.
@@ -238,7 +242,10 @@ def _load_weights(network: nn.Module, source: str) -> None:
             f"model.checkpoint: {path}: {len(wrong)} of {len(own)} tensors are missing or of another shape, "
             f"first {wrong[0]}; model.name and model.options must be those of the checkpoint"
         )
-    part.load_state_dict(fits, strict=False)
+    try:
+        part.load_state_dict(fits, strict=False)
+    except Exception as error:  # sparse, quantised or complex tensors cannot be copied
+        raise ConfigError(f"model.checkpoint: {path}: does not fit: {' '.join(str(error).split())[:300]}") from error
 
 
 def _in_present_layout(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -347,6 +354,6 @@ def load_run(run_dir: str | Path, overrides: list[str] | None = None) -> tuple[R
         raise ConfigError(f"{run.path}: is no run directory (config.yaml or run.json is missing)")
     try:
         info = RunInfo.from_dict(json.loads(run.info.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{run.info}: damaged: {error}") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{run.info}: damaged: {' '.join(str(error).split())[:300]}") from error
     return load_config(run.config, overrides or []), info

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vision_gates.datasets.npz import npz_names, read_npz
+from vision_gates.errors import DataError
 from vision_gates.gate_maps import GateMap, collect_gate_maps
 
 __all__ = [
@@ -264,25 +266,37 @@ def pack_gate_views(views: GateViews) -> bytes:
 
 
 def read_gate_views(path: Path) -> GateViews:
-    """What `pack_gate_views` stored; the maps come back as numbers in [0, 1]."""
-    with np.load(path, allow_pickle=False) as arrays:
-        about = json.loads(str(arrays["about"]))
+    """What `pack_gate_views` stored; the maps come back as numbers in [0, 1].
 
-        def values(key: str) -> NDArray[np.float32]:
-            return arrays[key].astype(np.float32) / np.float32(255)
+    Raises:
+        DataError: The file is damaged.
+    """
+    arrays = read_npz(path, npz_names(path))
+    try:
+        return _unpack(arrays)
+    except Exception as error:  # whatever is missing or of another shape
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: is damaged ({reason}); run the evaluation again") from error
 
-        return GateViews(
-            {
-                sample["index"]: [
-                    GateView(**words, values=values(f"map_{sample['index']}_{i}"))
-                    for i, words in enumerate(sample["views"])
-                ]
-                for sample in about["samples"]
-            },
-            [GateTable(**table) for table in about["tables"]],
-            [Neighbourhood(**n, values=values(f"neighbourhood_{i}")) for i, n in enumerate(about["neighbourhoods"])],
-            {
-                words["index"]: {**words, **{key: arrays[f"{key}_{words['index']}"] for key in ("image", "prediction")}}
-                for words in about.get("pictures", ())  # files of before have none
-            },
-        )
+
+def _unpack(arrays: Mapping[str, NDArray[Any]]) -> GateViews:
+    about = json.loads(str(arrays["about"]))
+
+    def values(key: str) -> NDArray[np.float32]:
+        return arrays[key].astype(np.float32) / np.float32(255)
+
+    return GateViews(
+        {
+            sample["index"]: [
+                GateView(**words, values=values(f"map_{sample['index']}_{i}"))
+                for i, words in enumerate(sample["views"])
+            ]
+            for sample in about["samples"]
+        },
+        [GateTable(**table) for table in about["tables"]],
+        [Neighbourhood(**n, values=values(f"neighbourhood_{i}")) for i, n in enumerate(about["neighbourhoods"])],
+        {
+            words["index"]: {**words, **{key: arrays[f"{key}_{words['index']}"] for key in ("image", "prediction")}}
+            for words in about.get("pictures", ())  # files of before have none
+        },
+    )

@@ -21,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vision_gates.datasets.npz import npz_names, read_npz
 from vision_gates.engine.slices import SamplePlane
+from vision_gates.errors import DataError
 
 __all__ = ["MAX_SIDE", "UNSCORED", "OverlayCollector", "display_image", "pack_overlays", "read_overlays"]
 
@@ -184,20 +186,32 @@ def _pictures(overlay: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[s
 
 
 def read_overlays(path: Path) -> list[dict[str, Any]]:
-    """Overlays as `pack_overlays` stored them; a class index comes back as an array of shape ()."""
-    with np.load(path, allow_pickle=False) as arrays:
-        words = json.loads(str(arrays["words"])) if "words" in arrays else {}
+    """Overlays as `pack_overlays` stored them; a class index comes back as an array of shape ().
 
-        def picture(key: str) -> dict[str, Any]:
-            about = dict(zip(("caption", "letters"), words[key], strict=True)) if key in words else {}
-            return about | {name: arrays[f"{name}_{key}"] for name in ("image", "target", "prediction")}
+    Raises:
+        DataError: The file is damaged.
+    """
+    arrays = read_npz(path, npz_names(path))
+    try:
+        return _unpack(arrays)
+    except Exception as error:  # whatever is missing or of another shape
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: is damaged ({reason}); run the evaluation again") from error
 
-        overlays = []
-        for i, name in enumerate(arrays["names"]):
-            score = float(arrays["score"][i])
-            about = {"name": str(name), "index": int(arrays["index"][i]), "worst": bool(arrays["worst"][i])}
-            overlay = about | {"score": None if math.isnan(score) else score, **picture(str(i))}
-            if str(i) in words:
-                overlay["further"] = [picture(key) for key in words if key.startswith(f"{i}_")]
-            overlays.append(overlay)
-        return overlays
+
+def _unpack(arrays: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
+    words = json.loads(str(arrays["words"])) if "words" in arrays else {}
+
+    def picture(key: str) -> dict[str, Any]:
+        about = dict(zip(("caption", "letters"), words[key], strict=True)) if key in words else {}
+        return about | {name: arrays[f"{name}_{key}"] for name in ("image", "target", "prediction")}
+
+    overlays = []
+    for i, name in enumerate(arrays["names"]):
+        score = float(arrays["score"][i])
+        about = {"name": str(name), "index": int(arrays["index"][i]), "worst": bool(arrays["worst"][i])}
+        overlay = about | {"score": None if math.isnan(score) else score, **picture(str(i))}
+        if str(i) in words:
+            overlay["further"] = [picture(key) for key in words if key.startswith(f"{i}_")]
+        overlays.append(overlay)
+    return overlays

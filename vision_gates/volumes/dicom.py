@@ -33,11 +33,27 @@ _MACROS = (
 )
 _HEADER = [
     *("SpecificCharacterSet", "StudyInstanceUID", "SeriesInstanceUID", "SeriesDescription", "Modality"),
-    *("Rows", "Columns", "SamplesPerPixel", "NumberOfFrames", "PixelSpacing", "SpacingBetweenSlices", "SliceThickness"),
+    *(
+        "Rows",
+        "Columns",
+        "BitsAllocated",
+        "SamplesPerPixel",
+        "NumberOfFrames",
+        "PixelSpacing",
+        "SpacingBetweenSlices",
+        "SliceThickness",
+    ),
     *("ImagePositionPatient", "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 ]
+_PIXELS = [
+    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+]
 _SAME_PLACE_MM = 1e-3
+_UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")  # transfer syntaxes
+# Deflate shrinks by at most 1032:1; of an empty slice JPEG 2000 leaves next to nothing.
+_MOST_COMPRESSION, _ALWAYS_BYTES = 1100, 2**23
 
 
 @dataclass(frozen=True)
@@ -165,6 +181,9 @@ def _open(source: Path, slices: Sequence[_Slice]) -> Opened:
         array = np.empty(geometry.shape, dtype=np.float32, order="F")
         for path, indices in places.items():
             stored = _read_pixels(path)
+            columns, rows = geometry.shape[:2]
+            if stored.shape[1:] != (rows, columns) or len(stored) <= max(ordered[k].frame or 0 for k in indices):
+                raise DataError(f"{path}: its header and its pixels differ in size; the file is damaged, copy it again")
             for k in indices:
                 one = ordered[k]
                 array[:, :, k] = stored[one.frame or 0].T * one.slope + one.intercept
@@ -203,6 +222,7 @@ def _read_header(path: Path) -> list[_Slice]:
         if "Rows" not in header or "Columns" not in header:
             return []
         frames = int(header.get("NumberOfFrames") or 1)
+        _check_claim(path, header, frames)
         groups = header.get("PerFrameFunctionalGroupsSequence") or []
         if len(groups) < frames:
             return [_slice(path, None, frames, [header], header)]
@@ -212,8 +232,25 @@ def _read_header(path: Path) -> list[_Slice]:
             macros = [part.get(name) for part in (group, *shared[:1]) for name in _MACROS]
             slices.append(_slice(path, frame, 1, [*(macro[0] for macro in macros if macro), header], header))
         return slices
+    except DataError:
+        raise
     except Exception as error:  # pydicom parses values when they are asked for: anything can surface here
         raise DataError(f"{path}: the DICOM header cannot be read ({error}); copy the file again") from error
+
+
+def _check_claim(path: Path, header: Any, frames: int) -> None:
+    """That the file can hold the pixels that its header claims, before memory is taken for them."""
+    rows, columns, held = int(header.Rows), int(header.Columns), path.stat().st_size
+    if min(rows, columns, frames) < 1:
+        raise DataError(f"{path}: holds no pixels ({columns} x {rows}, {frames} frames); copy the file again")
+    claimed = rows * columns * frames * int(header.get("BitsAllocated") or 8) // 8
+    syntax = str(header.file_meta.get("TransferSyntaxUID", "")) if hasattr(header, "file_meta") else ""
+    packed = syntax not in ("", *_UNCOMPRESSED)
+    if claimed > (_MOST_COMPRESSION * held + _ALWAYS_BYTES if packed else held):
+        raise DataError(
+            f"{path}: the header claims {claimed:,} bytes of pixels but the file holds only {held:,}; it is cut short "
+            f"or damaged, copy it again"
+        )
 
 
 def _slice(path: Path, frame: int | None, frames: int, places: Sequence[Any], header: Any) -> _Slice:
@@ -364,16 +401,25 @@ def _read_pixels(path: Path) -> NDArray[Any]:
 
 
 def _decode_with_itk(dataset: Any) -> NDArray[Any]:
-    """(frames, rows, columns) or (rows, columns): stored values of a compressed file."""
-    sitk = needs("SimpleITK")
-    # ITK applies slopes to some kinds of image and not to others. Without them it gives the stored values.
-    for keyword in ("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "RealWorldValueMappingSequence"):
-        dataset.pop(keyword, None)
-    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        for group in dataset.get(groups) or []:
-            group.pop("PixelValueTransformationSequence", None)
-            group.pop("RealWorldValueMappingSequence", None)
+    """(frames, rows, columns) or (rows, columns): stored values of a compressed file.
+
+    ITK gets a new file with nothing but the pixels: slopes, which it applies to some kinds of image and not to others,
+    would change the stored values, and for a damaged element it takes all memory that the element claims.
+    """
+    sitk, pydicom = needs("SimpleITK"), needs("pydicom")
+    lean, frames = pydicom.Dataset(), int(dataset.get("NumberOfFrames") or 1)
+    lean.file_meta = pydicom.dataset.FileMetaDataset()
+    lean.file_meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
+    lean.file_meta.MediaStorageSOPClassUID = lean.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    lean.file_meta.MediaStorageSOPInstanceUID = lean.SOPInstanceUID = "1.2.3"
+    for keyword in _PIXELS:
+        if keyword in dataset:
+            setattr(lean, keyword, dataset[keyword].value)
+    if not lean.file_meta.TransferSyntaxUID.is_encapsulated:
+        raise ValueError("no decoder knows its transfer syntax")
+    fragments = list(pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=frames))
+    lean.PixelData = pydicom.encaps.encapsulate(fragments)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image.dcm"
-        dataset.save_as(path)
+        lean.save_as(path, enforce_file_format=True)
         return np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(path), imageIO="GDCMImageIO")))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 __all__ = ["Geometry", "reorient", "reorient_like"]
 
+_SPACING = (1e-6, 1e5)  # mm, a nanometre to 100 m: beyond, a grid resampled to millimetres would have no end
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -27,7 +28,8 @@ class Geometry:
         affine: (4, 4) float64, from the indices of a voxel to its centre in mm, RAS+.
 
     Raises:
-        ValueError: the shape has not three axes, or the affine is not (4, 4), not finite or not invertible.
+        ValueError: the shape has not three axes, or the affine is not (4, 4), not finite or not invertible, or its
+            voxels are smaller than a nanometre or larger than 100 m.
     """
 
     shape: tuple[int, int, int]
@@ -40,7 +42,11 @@ class Geometry:
             raise ValueError(f"a volume has three axes, not {len(shape)}")
         if affine.shape != (4, 4) or not np.isfinite(affine).all():
             raise ValueError(f"the affine must be a finite 4 x 4 matrix, got {affine.tolist()}")
-        columns = np.linalg.norm(affine[:3, :3], axis=0)
+        with np.errstate(over="ignore"):
+            columns = np.linalg.norm(affine[:3, :3], axis=0)
+        low, high = _SPACING
+        if columns.min() > 0 and not low <= columns.min() <= columns.max() <= high:
+            raise ValueError(f"voxels of {_by(columns)} mm are not plausible ({low:g} to {high:g} mm are)")
         if columns.min() <= 0 or abs(np.linalg.det(affine[:3, :3] / columns)) < 1e-4:
             raise ValueError(f"the affine's axes do not span space: {affine[:3, :3].tolist()}")
         affine.flags.writeable = False

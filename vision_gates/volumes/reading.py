@@ -36,6 +36,10 @@ VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 
 # Deflate shrinks by at most 1032:1, so a file that claims more than this is damaged or means harm.
 _MOST_COMPRESSION = 1100
+_MOST_BEHIND = 2**26  # bytes after the voxels; more is no padding
+_LONGEST_HEADER = 2**16
+_ONCE = ("elementdatafile", "datafile", "ndims")  # fields of a header that readers must agree on
+_PATTERN = re.compile(r"[^%]*%\d{0,2}d[^%\s]*\s+\d{1,6}\s+\d{1,6}(?:\s+[1-9]\d{0,5}(?:\s+\d)?)?")
 _MM = {"meter": 1000.0, "micron": 0.001}
 
 
@@ -225,8 +229,11 @@ def _open_nifti(path: Path, *, compressed: bool) -> _Opened:
         try:
             with gzip.open(path) if compressed else open(path, "rb") as file:
                 array = np.asanyarray(ArrayProxy(file, spec, mmap=False)).reshape(size, order="F")
-                while file.read(2**20):  # the checksum follows the last byte; nibabel would not look at it
-                    pass
+                behind = 0
+                while block := file.read(2**20):  # the checksum follows the last byte; nibabel would not look at it
+                    behind += len(block)
+                    if behind > _MOST_BEHIND:
+                        raise ValueError(f"over {_MOST_BEHIND:,} bytes follow the voxels that its header tells of")
         except Exception as error:
             raise _damaged(path, "voxels", error) from error
         return array
@@ -235,16 +242,25 @@ def _open_nifti(path: Path, *, compressed: bool) -> _Opened:
 
 
 def _header_fields(path: Path) -> dict[str, str]:
-    """The text fields of a NRRD or MetaImage header; names in lower case and without blanks."""
+    """The text fields of a NRRD or MetaImage header; names in lower case and without blanks.
+
+    Raises:
+        DataError: it has no end, or says something twice, so that readers might differ.
+    """
     fields: dict[str, str] = {}
     with open(path, "rb") as file:
-        for line in file.read(2**16).decode("latin-1").splitlines():
+        for line in re.split(r"[\r\n]", file.read(_LONGEST_HEADER).decode("latin-1").replace("\r\n", "\n")):
             match = re.match(r"([^:=#]+?)\s*[:=]=?\s*(.*)", line.strip())
+            name = match[1].lower().replace(" ", "") if match else ""
+            if match and name in fields and name in _ONCE:
+                raise DataError(f"{path}: its header says twice what {match[1]!r} is; keep one of the lines")
             if match:
-                fields[match[1].lower().replace(" ", "")] = match[2]
+                fields[name] = match[2]
             if not line.strip() or "elementdatafile" in fields:  # the voxels follow
-                break
-    return fields
+                return fields
+    if path.stat().st_size < _LONGEST_HEADER:
+        return fields
+    raise DataError(f"{path}: its header has no end in the first {_LONGEST_HEADER:,} bytes; it is damaged")
 
 
 def _voxel_file(path: Path, fields: dict[str, str]) -> Path | None:
@@ -252,20 +268,42 @@ def _voxel_file(path: Path, fields: dict[str, str]) -> Path | None:
     name = fields.get("elementdatafile", fields.get("datafile", "LOCAL"))
     if name.upper() == "LOCAL":
         return path
-    if name.upper().startswith("LIST") or "%" in name:
+    if name.upper().startswith("LIST"):
+        # Each line that follows may name a file, of which ITK reads whatever it gets: a device, another's data.
+        with open(path, "rb") as file:
+            names = file.read(_LONGEST_HEADER).decode("latin-1").splitlines()
+        for one in names:
+            _below(path, one.strip())
         return None
-    stored = path.parent / name
+    stored = _below(path, name)
+    if "%" in name:  # goes to printf, and a step of 0 divides
+        if not _PATTERN.fullmatch(name.strip()):
+            raise DataError(f"{path}: {name[:80]!r} is no pattern of files (such as %03d.raw 1 20 1); it is damaged")
+        return None
     if not stored.is_file():
         raise DataError(f"{path}: is only a header; its voxels belong in {stored}, which is missing: copy it there")
+    return stored
+
+
+def _below(path: Path, name: str) -> Path:
+    """The file that a header names; `DataError` if it is not beside the header or below, as far as names tell."""
+    stored = path.parent / name
+    if ".." in Path(name).parts or not stored.is_relative_to(path.parent):
+        raise DataError(f"{path}: its voxels would be in {name[:200]!r}, outside of its folder; put both in one folder")
     return stored
 
 
 def _open_itk(path: Path) -> _Opened:
     sitk = needs("SimpleITK")
     reader = sitk.ImageFileReader()
+    # By the name, as the header is checked here: ITK would go by the content, which may be of quite another format.
+    is_meta = path.suffix.lower() in (".mha", ".mhd")
+    reader.SetImageIO("MetaImageIO" if is_meta else "NrrdImageIO")
     reader.SetFileName(str(path))
     fields = _header_fields(path)
     stored = _voxel_file(path, fields)
+    if is_meta and not re.fullmatch(r"[1-9]", fields.get("ndims", "")):  # MetaIO takes any number, and crashes
+        raise _damaged(path, "header", ValueError(f"NDims is {fields.get('ndims', 'missing')[:40]!r}"))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
