@@ -6,11 +6,15 @@ What a user can mend ends in one line on standard error and exit code 2; a run s
 130.
 """
 
+import errno
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from vision_gates.errors import ConfigError, UserError
@@ -433,7 +437,8 @@ def _guard(work: Callable[[], int], argv: Sequence[str], command: Callable[..., 
         sys.stdout.write(text.rstrip() + "\n")
         return 0
     try:
-        return work()
+        with _interrupted_by_sigterm():
+            return work()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes that all found it, one says so
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
@@ -447,10 +452,44 @@ def _guard(work: Callable[[], int], argv: Sequence[str], command: Callable[..., 
         sys.stderr.write("interrupted\n")
         return 130
     except Exception as error:
-        if type(error).__name__ != "Interrupted":  # engine.trainer's, not imported here: it would load torch
+        if type(error).__name__ == "Interrupted":  # engine.trainer's, not imported here: it would load torch
+            sys.stderr.write(f"{error}\n")
+            return 130
+        fault = _fault_of_machine(error)
+        if fault is None:
             raise
-        sys.stderr.write(f"{error}\n")
-        return 130
+        sys.stderr.write(f"error: {fault}\n")
+        return 2
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, its unfinished files removed; training saves its state first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fault_of_machine(error: Exception) -> str | None:
+    """A full disk or too little memory, in one line; None for anything else. Training says more itself."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; make room and run the same command again"
+    if isinstance(error, (MemoryError, RuntimeError)):
+        from vision_gates.volumes.blending import is_out_of_memory
+
+        if is_out_of_memory(error):
+            return f"out of memory: {' '.join(str(error).split()) or 'the host has too little'}"
+    return None
 
 
 def _held_out(run: str) -> str:

@@ -1,30 +1,33 @@
-"""A run that is killed, however often and wherever, ends exactly as one that is not."""
+"""A run that is killed, however often and wherever, ends exactly as one that is not.
 
+Real kills of real processes: tests/faults/.
+"""
+
+import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from rich.console import Console
 
-from vision_gates.config import RunConfig, save_config
+from vision_gates.config import RunConfig
 from vision_gates.engine import checkpoint
 from vision_gates.engine.checkpoint import is_complete
+from vision_gates.engine.data import ImageDataset
 from vision_gates.engine.run_directory import read_metrics
 from vision_gates.engine.trainer import Interrupted, Trainer, train
-from vision_gates.errors import ConfigError, UserError
+from vision_gates.errors import ConfigError, DataError, UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 # Everything that could lose its place: stochastic depth, mixup, augmentation, accumulation, moving average, schedule.
 # 24 images in batches of 4, two to an update: 3 updates an epoch, 9 in all.
 HARD = (
@@ -154,35 +157,6 @@ def test_killed_at_every_stage_of_writing(undisturbed, make_config, quiet, monke
     assert wanted <= set(seen) and deaths > 25
 
 
-def test_kill_minus_nine(undisturbed, make_config, tmp_path):
-    """The real thing: SIGKILL in the middle of an epoch, then the same command again."""
-    config = make_config(*HARD, "trainer.resume=true")
-    save_config(config, tmp_path / "run.yaml")
-    # The CPU's sums depend on the number of threads, so the process gets as many as the undisturbed run had.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tools" / "train.py"), str(tmp_path / "run.yaml")]
-    manifest = tmp_path / "run" / "checkpoints" / "last" / "manifest.json"
-    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                if json.loads(manifest.read_text())["step"] in (4, 5):  # second epoch, not at its end
-                    break
-            except (OSError, ValueError):
-                pass
-            time.sleep(0.002)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 3
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "resuming" in done.stdout
-    assert outcome(tmp_path / "run") == undisturbed
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_stops(undisturbed, make_config, quiet, monkeypatch, number):
     original = Trainer.step_optimizer
@@ -292,3 +266,159 @@ def test_other_number_of_threads_is_said(make_config, quiet, monkeypatch):
     torch.set_num_threads(2)
     run = train(config, console=quiet)
     assert "note: 1 threads before, 2 now" in (run / "log.txt").read_text()
+
+
+# ---------------------------------------------------------------- losses that are not finite
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
+    """NaN in the images of these updates, or of all."""
+    original = Trainer.forward_backward
+
+    def forward_backward(self, batch, **place):
+        if not updates or self.state.update + 1 in updates:
+            batch["image"][1] = math.nan
+        return original(self, batch, **place)
+
+    monkeypatch.setattr(Trainer, "forward_backward", forward_backward)
+
+
+def test_nan_stops_the_run_and_is_noted(make_config, quiet, monkeypatch):
+    poison(monkeypatch, 5)
+    config = make_config(*HARD)
+    with pytest.raises(UserError, match="the loss is nan in epoch 2, update 5; the files of its batch are listed in"):
+        train(config, console=quiet)
+    run = Path(config.trainer.run_dir)
+    noted = json.loads((run / "nan_batch.json").read_text())
+    assert (noted["epoch"], noted["update"], len(noted["batches"])) == (2, 5, 2)
+    for batch in noted["batches"]:
+        assert (batch["process"], batch["loss"], len(batch["files"])) == (0, "nan", 4)
+    weights = safetensors.torch.load_file(run / "checkpoints" / "last" / "weights.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert json.loads((run / "checkpoints" / "last" / "manifest.json").read_text())["step"] == 4
+
+
+def test_skipped_update_changes_nothing_but_its_place(make_config, quiet, monkeypatch):
+    """Of a network with batch statistics, which NaN would have spoilt for good."""
+    original, skip, seen = Trainer.step_optimizer, Trainer.skip_update, []
+
+    def state(self):
+        return copy.deepcopy(
+            (self.network.state_dict(), self.optimizer.state_dict()["state"], self.ema.module.state_dict())
+        )
+
+    def step(self):
+        original(self)
+        seen.append(state(self))
+
+    def skipping(self, update):
+        before = self.learning_rate()
+        skip(self, update)
+        torch.testing.assert_close(state(self), seen[-1], rtol=0, atol=0)
+        assert self.learning_rate() != before and self.state.update == 5
+        assert all(parameter.grad is None for parameter in self.network.parameters())
+        seen.append("skipped")
+
+    poison(monkeypatch, 5)
+    monkeypatch.setattr(Trainer, "step_optimizer", step)
+    monkeypatch.setattr(Trainer, "skip_update", skipping)
+    run = train(make_config(*HARD, "trainer.nan=skip", "model.name=test_resnet"), console=quiet)
+    assert len(seen) == 9 and seen[4] == "skipped"
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["train"]["skipped"] for row in rows] == [0, 1, 0]
+    assert all(math.isfinite(row["train"]["loss"]) and math.isfinite(row["val"]["loss"]) for row in rows)
+    (line,) = [line for line in (run / "log.txt").read_text().splitlines() if ", skipped; " in line]
+    assert "epoch 2, update 5: loss nan, skipped; batch: " in line and line.count(".png") == 8
+
+
+def test_skipping_is_exact_after_a_kill(make_config, quiet, monkeypatch):
+    poison(monkeypatch, 2, 4, 5, 6)  # the second epoch is left out as a whole
+    expected = outcome(train(make_config(*HARD, "trainer.nan=skip", run="whole"), console=quiet))
+    assert [row["train"]["loss"] is None for row in expected["rows"]] == [False, True, False]
+    config = make_config(*HARD, "trainer.nan=skip", "trainer.resume=true")
+    deaths = [3, 4, 6, 8]
+    original = Trainer._checkpoint_due
+
+    def due(self):
+        if deaths and self.state.update == deaths[0]:
+            deaths.pop(0)
+            raise Killed
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "_checkpoint_due", due)
+    while deaths:
+        with pytest.raises(Killed):
+            train(config, console=quiet)
+    assert outcome(train(config, console=quiet)) == expected
+
+
+def test_too_many_skipped_in_a_row_stop_the_run(make_config, quiet, monkeypatch):
+    poison(monkeypatch)
+    config = make_config("trainer.nan=skip", "schedule.epochs=4")
+    with pytest.raises(UserError, match="update 11, as in the 10 updates before"):
+        train(config, console=quiet)
+    assert json.loads((Path(config.trainer.run_dir) / "nan_batch.json").read_text())["update"] == 11
+
+
+def test_nan_weights_reach_no_checkpoint(make_config, quiet, monkeypatch):
+    """A gradient may be NaN where the loss is not."""
+    original = Trainer.step_optimizer
+
+    def step(self):
+        original(self)
+        if self.state.update == 4:
+            with torch.no_grad():
+                next(self.network.parameters()).view(-1)[0] = math.nan
+
+    monkeypatch.setattr(Trainer, "step_optimizer", step)
+    config = make_config(*HARD)
+    with pytest.raises(UserError, match="weights have become NaN by update 4, though the loss was finite"):
+        train(config, console=quiet)
+    folder = Path(config.trainer.run_dir) / "checkpoints"
+    assert json.loads((folder / "last" / "manifest.json").read_text())["step"] == 3
+
+
+# ---------------------------------------------------------------- data that end
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+def test_unreadable_data_in_mid_update_lose_nothing(make_config, quiet, monkeypatch, name):
+    """The second batch of an update cannot be read: the first has changed the batch statistics already."""
+    settings = (*HARD, f"model.name={name}", "trainer.checkpoint_steps=null")
+    expected = outcome(train(make_config(*settings, run="whole"), console=quiet))
+    config, sample, calls = make_config(*settings, "trainer.resume=true"), ImageDataset._sample, Counter[str]()
+
+    def unreadable(self, epoch, index):
+        calls[self.purpose] += 1
+        if (
+            self.purpose == "augment" and calls["augment"] == 4 + 8 * 4 + 6
+        ):  # after the trial: update 5, its second batch
+            raise DataError("disk7/scan.png: cannot be read")
+        return sample(self, epoch, index)
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="^disk7/scan.png: cannot be read$"):
+        patch.setattr(ImageDataset, "_sample", unreadable)
+        train(config, console=quiet)
+    folder = Path(config.trainer.run_dir) / "checkpoints"
+    assert json.loads((folder / "last" / "manifest.json").read_text())["step"] == 4
+    assert outcome(train(config, console=quiet)) == expected
+
+
+def test_a_dead_worker_is_met_at_the_next_batch(make_config, quiet):
+    """PyTorch's own handler would raise wherever the program is, in the midst of an optimiser's step as well."""
+    before = signal.getsignal(signal.SIGCHLD)
+    train(make_config("schedule.epochs=1", "data.workers=1"), console=quiet)
+    assert signal.getsignal(signal.SIGCHLD) is before
+
+
+def test_out_of_memory_says_what_to_lower(make_config, quiet, monkeypatch):
+    def forward(self, *args):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB."
+        )
+
+    monkeypatch.setattr(Trainer, "_loss_and_gradient", forward)
+    with pytest.raises(
+        UserError, match=r"run: out of memory \(CUDA out of memory. Tried .* 2.00 GiB\); lower data.batch"
+    ):
+        train(make_config(), console=quiet)

@@ -10,7 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from vision_gates.engine import trainer as trainer_module
+from vision_gates.engine import resuming
 from vision_gates.engine.building import RunInfo, _load_weights, build_model, load_run
 from vision_gates.engine.data import derive_seed
 from vision_gates.engine.evaluation import evaluate_run
@@ -182,7 +182,7 @@ def test_moving_average(make_config, quiet, monkeypatch):
     for key, value in weights(run).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
     state = torch.load(run / "checkpoints" / "last" / "state.pt", weights_only=True)
-    assert all(torch.equal(state["model"][key], history[-1][key]) for key in history[-1])
+    assert all(torch.equal(state["tensors"][f"network/{key}"], history[-1][key]) for key in history[-1])
 
 
 def scripted(monkeypatch, accuracies: list[float]) -> list[dict[str, torch.Tensor]]:
@@ -305,7 +305,7 @@ def test_mistakes_leave_nothing_behind(make_config, quiet, overrides, message):
 
 def test_checkpoints_by_time(make_config, quiet, monkeypatch):
     saved = []
-    monkeypatch.setattr(trainer_module, "write_checkpoint", lambda root, name, **_: saved.append(name))
+    monkeypatch.setattr(resuming, "write_checkpoint", lambda root, name, **_: saved.append(name))
     monkeypatch.setattr(Trainer, "finish", lambda self: None)
     train(make_config("trainer.checkpoint_minutes=1e-9", "schedule.epochs=1"), console=quiet)
     assert saved == ["last"] * 5 + ["best", "last"]

@@ -5,9 +5,11 @@ with 0, 1 or 4 workers and after a resume in the middle of an epoch.
 """
 
 import signal
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import cv2
@@ -175,10 +177,37 @@ def _start_worker(worker: int) -> None:
 
 # More workers than cores is the user's choice, and often right where they wait for a disk.
 _MANY_WORKERS = "This DataLoader will create .* worker processes"
+_DEAD_WORKER = "DataLoader worker (pid"  # so begins what PyTorch says of one
+
+
+@contextmanager
+def _without_child_handler() -> Iterator[None]:
+    """Undo PyTorch's handler of SIGCHLD, which raises wherever the program is when a worker dies.
+
+    That may be in the midst of an optimiser's step. Without it the next batch raises, up to five seconds later.
+    """
+    number = getattr(signal, "SIGCHLD", None)  # Windows has none
+    if number is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(number, before)
+
+
+def _exit_codes(batches: Any) -> list[int]:
+    """Of the workers of a DataLoader's iterator that have failed; negative for a signal."""
+    workers = getattr(batches, "_workers", ())
+    for worker in workers:
+        worker.join(timeout=0.1)  # one that has just died
+    return sorted({worker.exitcode for worker in workers if worker.exitcode})
 
 
 class Loader:
-    """A DataLoader that raises what a worker found wrong with the data as the one-line error it is.
+    """A DataLoader that raises what a worker found wrong with the data, or its death, as a one-line error.
 
     Iterating yields {"image": (B, C, H, W) float32, "target": (B,) or (B, H, W) int64, "name": list of B strings,
     "index": (B,) int64}.
@@ -189,7 +218,12 @@ class Loader:
         workers: Processes; 0: this one.
         pin_memory: For copies to a GPU.
         check: Called before each batch; may raise to stop the iteration.
+
+    Attributes:
+        rescue: Called before an error is raised, to save what is done; None: nothing is.
     """
+
+    rescue: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -228,12 +262,33 @@ class Loader:
             del self._loader
 
     def __iter__(self) -> Iterator[dict[str, Tensor | list[str]]]:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_MANY_WORKERS)
-            batches = iter(self._loader)
-        for batch in batches:
+        batches: Any = None
+        while True:
+            try:
+                if batches is None:  # here, too, workers of the epoch before may turn out to be dead
+                    with warnings.catch_warnings(), _without_child_handler():
+                        warnings.filterwarnings("ignore", message=_MANY_WORKERS)
+                        batches = iter(self._loader)
+                batch = next(batches, None)
+            except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while it handed over a batch
+                codes = _exit_codes(batches or self._loader._iterator)
+                if not str(error).startswith(_DEAD_WORKER) and not codes:
+                    raise
+                batch = UserError(self._of_dead_worker(codes))
             if self.check is not None:
                 self.check()
+            if batch is None:
+                return
             if isinstance(batch, UserError):
+                if self.rescue is not None:
+                    self.rescue()
                 raise batch
             yield batch
+
+    def _of_dead_worker(self, codes: list[int]) -> str:
+        how = ", ".join(f"exit code {c}" if c > 0 else signal.Signals(-c).name for c in codes) or "unknown"
+        return (
+            f"data.workers={self._loader.num_workers}: a data worker has died ({how}), most likely for lack of memory "
+            "(SIGBUS: of shared memory, /dev/shm); lower data.workers or data.batch_size and run the same command "
+            "again, training with trainer.resume=true: the last checkpoint is intact"
+        )

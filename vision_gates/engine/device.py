@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 
 from vision_gates.config import RunConfig
 from vision_gates.errors import ConfigError
@@ -20,9 +21,17 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     """Accelerate for the configured device and precision, in one process or in those that torchrun started.
 
     Raises:
-        ConfigError: The device cannot compute in that precision, or has no CUDA graphs.
+        ConfigError: The device cannot compute in that precision, or has no CUDA graphs, or shards do not go with them.
     """
     trainer = config.trainer
+    if trainer.parallel == "fsdp":
+        for key, value, remedy in (
+            ("compile", trainer.compile, "false"),
+            ("cuda_graph", trainer.cuda_graph, "false"),
+            ("precision", trainer.precision == "fp16", "bf16"),
+        ):
+            if value:
+                raise ConfigError(f"trainer.parallel=fsdp: does not go with trainer.{key}; set it to {remedy}")
     on_gpu = trainer.device == "auto" and torch.cuda.is_available()
     if trainer.precision == "fp16" and not on_gpu:
         raise ConfigError("trainer.precision=fp16: needs a GPU; on the CPU use bf16 or no")
@@ -31,7 +40,9 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     # Accelerate keeps its settings in singletons meant for one run a process; a second run may want others.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     try:
-        accelerator = Accelerator(mixed_precision=trainer.precision, cpu=trainer.device == "cpu")
+        # Batch statistics are averaged after every update instead (parallel.py).
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        accelerator = Accelerator(mixed_precision=trainer.precision, cpu=trainer.device == "cpu", kwargs_handlers=[ddp])
     except ValueError as error:
         raise ConfigError(f"trainer.precision={trainer.precision}: {' '.join(str(error).split())}") from error
     if trainer.cuda_graph and accelerator.num_processes > 1:

@@ -30,6 +30,7 @@ from vision_gates.engine.gate_views import GateViews, observe_gates, pack_gate_v
 from vision_gates.engine.overlays import OverlayCollector, pack_overlays
 from vision_gates.engine.report import CLASS_COLUMNS, METRIC_LABELS, write_report
 from vision_gates.engine.run_directory import RunDirectory, atomic_write_bytes, atomic_write_text, to_json
+from vision_gates.engine.state import machine_errors
 from vision_gates.engine.volume_data import VolumePredictor
 from vision_gates.engine.volume_scores import CaseScorer, Scores, build_scorer
 from vision_gates.errors import DataError, UserError
@@ -292,7 +293,7 @@ def evaluate_run(run_dir: str | Path, *, split: str = "test", overrides: Sequenc
 
     Raises:
         UserError: No run directory, no complete checkpoint, no such split, other classes or channels than those the
-            network was trained on, or weights that do not fit the (overridden) network.
+            network was trained on, or weights that do not fit the (overridden) network; too little memory or disk.
     """
     run = RunDirectory(run_dir)
     if not run.config.is_file():
@@ -307,8 +308,9 @@ def evaluate_run(run_dir: str | Path, *, split: str = "test", overrides: Sequenc
     model, weights = load_best(run, config, info)
     accelerator = build_accelerator(config)
     device = accelerator.device
-    loader = build_loader(config, samples, info, train=False, pin_memory=device.type == "cuda")
-    with deterministic_algorithms(config.trainer.deterministic):
+    lower = "lower data.batch_size=, or use trainer.precision=bf16 or trainer.device=cpu"
+    with machine_errors(run.path, lower=lower), deterministic_algorithms(config.trainer.deterministic):
+        loader = build_loader(config, samples, info, train=False, pin_memory=device.type == "cuda")
         evaluation = evaluate_model(
             labeller(config, info, model.to(device), device=device),
             loader,
@@ -320,8 +322,8 @@ def evaluate_run(run_dir: str | Path, *, split: str = "test", overrides: Sequenc
             std=info.std,
             scorer=build_scorer(config, info, loader, splits),
         )
-    path = write_evaluation(run.path, split, evaluation, checkpoint=weights.parent.name)
-    return replace(evaluation, split=split, path=path, report=write_report(run.path))
+        path = write_evaluation(run.path, split, evaluation, checkpoint=weights.parent.name)
+        return replace(evaluation, split=split, path=path, report=write_report(run.path))
 
 
 def load_best(run: RunDirectory, config: RunConfig, info: RunInfo) -> tuple[nn.Module, Path]:

@@ -61,7 +61,8 @@ def build_ema(config: RunConfig, model: nn.Module) -> ModelEmaV3 | None:
     """Moving average of the weights, with timm's warm-up of the decay so that short runs profit too."""
     if config.trainer.ema_decay is None:
         return None
-    return ModelEmaV3(model, decay=config.trainer.ema_decay, use_warmup=True)
+    together = config.trainer.parallel != "fsdp"  # PyTorch cannot average a list of shards and whole tensors
+    return ModelEmaV3(model, decay=config.trainer.ema_decay, use_warmup=True, foreach=together)
 
 
 def build_mixup(config: RunConfig, num_classes: int) -> Mixup | None:

@@ -29,7 +29,10 @@ from vision_gates.volumes.batch_augmentation import BatchAugmentation
 __all__ = ["Parts", "check_run_directory", "is_finished", "prepare"]
 
 # What a resumed run may change: it does not touch the result.
-_MAY_DIFFER = ("trainer.resume", "trainer.run_dir", "trainer.log_every", "trainer.checkpoint_", "data.workers")
+_MAY_DIFFER = (
+    *("trainer.resume", "trainer.run_dir", "trainer.log_every", "trainer.checkpoint_", "trainer.nan"),
+    *("trainer.parallel", "data.workers", "data.batch_size"),  # the trainer sees to it that updates stay the same
+)
 
 
 @dataclass
@@ -212,6 +215,8 @@ def _try_model(
                 count = 1 if isinstance(outputs, torch.Tensor) else len(outputs)
         if tuple(logits.shape) == expected:
             build_loss(config, info).to(accelerator.device)(logits.float(), target)
+    except torch.OutOfMemoryError:
+        raise  # no fault of the model: ``machine_errors`` says what to lower
     except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
         raise ConfigError(
             f"model.name={config.model.name}: fails on images of {describe_input(config, info)} with "

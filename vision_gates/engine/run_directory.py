@@ -4,13 +4,16 @@ runs/NAME/  config.yaml  run.json  environment.json  metrics.jsonl  log.txt  rep
             checkpoints/{last,previous,best}/  evaluation/  tensorboard/
 """
 
+import errno
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 
 import vision_gates
+from vision_gates.errors import UserError
 
 __all__ = [
     "RunDirectory",
@@ -26,6 +30,7 @@ __all__ = [
     "atomic_write_text",
     "describe_environment",
     "fsync_directory",
+    "full_disk_as_error",
     "read_metrics",
     "to_json",
     "truncate_metrics",
@@ -68,16 +73,45 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def full_disk_as_error(path: Path) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" while ``path`` is written into the one-line error they are.
+
+    Raises:
+        UserError: Names the path and the free space.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        folder = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+        free = shutil.disk_usage(folder).free
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror}, {free / 2**20:,.1f} MiB are free; what was there before is "
+            "whole; make room and run the same command again, training with trainer.resume=true"
+        ) from error
+
+
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Replace a file by new content, durably: after a crash it holds the old content or the new."""
+    """Replace a file by new content, durably: after a crash it holds the old content or the new.
+
+    Raises:
+        UserError: The disk is full; nothing is left of the new content.
+    """
     path = Path(path)
     writing = path.with_name(f".{path.name}.writing")
-    with open(writing, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(writing, path)
-    fsync_directory(path.parent)
+    with full_disk_as_error(path):
+        try:
+            with open(writing, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(writing, path)
+        except OSError:
+            writing.unlink(missing_ok=True)
+            raise
+        fsync_directory(path.parent)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -86,11 +120,21 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Append one line, durably."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(f"{line}\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one line, durably.
+
+    Raises:
+        UserError: The disk is full; nothing is left of the line.
+    """
+    path, data = Path(path), f"{line}\n".encode()
+    with full_disk_as_error(path), open(path, "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

@@ -27,6 +27,7 @@ from vision_gates.datasets.base import few, how_many
 from vision_gates.engine.building import RunInfo, load_run
 from vision_gates.engine.evaluation import load_best
 from vision_gates.engine.run_directory import RunDirectory, atomic_write_text, to_json
+from vision_gates.engine.state import machine_errors
 from vision_gates.engine.volume_data import VolumePredictor
 from vision_gates.errors import ConfigError, DataError, UserError
 from vision_gates.export.runtime import Session, VolumeLabeller
@@ -122,7 +123,8 @@ def segment(
             continue
         title = f"{number}/{len(cases)} {case.name}"
         begin = partial(done.begin, case.name)
-        done.add(case.name, *_segment_case(case, predictor, checkpoint, options, console, title, begin))
+        with machine_errors(case.out, lower="use batch_size=1, precision=bf16 or device=cpu, or a larger machine"):
+            done.add(case.name, *_segment_case(case, predictor, checkpoint, options, console, title, begin))
     console.print(f"volumes: {done.path('volumes.csv')}", markup=False)
     if options.report:
         console.print(f"report: {done.write_report([case.name for case in cases])}", markup=False)

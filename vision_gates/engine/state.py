@@ -1,12 +1,20 @@
-"""Where a run is, and how it is asked to stop."""
+"""Where a run is, how it is asked to stop, and what the machine may refuse it."""
 
+import re
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-__all__ = ["Interrupted", "State", "StopSignal"]
+from vision_gates.engine.run_directory import full_disk_as_error
+from vision_gates.errors import UserError
+from vision_gates.volumes.blending import is_out_of_memory
+
+__all__ = ["Interrupted", "State", "StopSignal", "machine_errors"]
 
 
 class Interrupted(Exception):
@@ -28,6 +36,30 @@ class State:
     stale: int = 0  # evaluations since
     finished: bool = False
     elapsed: float = 0.0  # seconds of training and validation in all
+    skipped: int = 0  # updates of the current epoch left out because their loss was not finite
+    skipped_in_row: int = 0
+
+
+@contextmanager
+def machine_errors(path: Path, *, lower: str) -> Iterator[None]:
+    """Turn running out of memory, on a GPU or on the host, or of disk space into a one-line error.
+
+    Args:
+        path: What is worked on, to name where nothing more exact is known.
+        lower: What to do where memory runs out.
+
+    Raises:
+        UserError: That.
+    """
+    try:
+        with full_disk_as_error(path):
+            yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Of what PyTorch says, how much was wanted; the rest is advice to programmers.
+        reason = " ".join(re.split(r"(?<=\.) ", " ".join(str(error).split()))[:2]) or "MemoryError"
+        raise UserError(f"{path}: out of memory ({reason.rstrip('.')}); {lower}") from error
 
 
 class StopSignal:

@@ -3,24 +3,28 @@
 Exactness: a run that is killed at any moment and resumed ends with the same weights, bit for bit on the CPU, as one
 that is not. Everything random is drawn from a seed that is a function of the place in the run (data.py), checkpoints
 are taken between optimiser updates, and what the current epoch has summed up so far is part of their state.
+
+Several processes: batch b of process r is batch ``b * processes + r`` of the run, with that number's seed, so that an
+update of 2 processes is the update of 1 process that accumulates 2 batches, but for rounding and batch statistics.
 """
 
+import copy
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from vision_gates.config import RunConfig, save_config
+from vision_gates.config import RunConfig, dump_config
 from vision_gates.engine.building import build_loss, build_metrics, labeller
-from vision_gates.engine.checkpoint import read_checkpoint, write_checkpoint
+from vision_gates.engine.checkpoint import read_checkpoint
 from vision_gates.engine.cuda_graph import GraphedStep
 from vision_gates.engine.data import derive_seed
 from vision_gates.engine.device import build_accelerator, deterministic_algorithms, peak_memory_gib
@@ -31,9 +35,16 @@ from vision_gates.engine.evaluation import (
     write_evaluation,
 )
 from vision_gates.engine.optim import build_ema, build_mixup, build_optimizer, build_schedule, is_better, mix
+from vision_gates.engine.parallel import (
+    average_buffers,
+    gathered,
+    load_weights,
+    shard,
+)
 from vision_gates.engine.preparation import Parts, check_run_directory, is_finished, prepare
 from vision_gates.engine.progress import Display, duration, show_result
 from vision_gates.engine.report import write_report
+from vision_gates.engine.resuming import restore, save_checkpoint
 from vision_gates.engine.run_directory import (
     RunDirectory,
     append_line,
@@ -42,11 +53,18 @@ from vision_gates.engine.run_directory import (
     to_json,
     truncate_metrics,
 )
-from vision_gates.engine.state import Interrupted, State, StopSignal
+from vision_gates.engine.state import Interrupted, State, StopSignal, machine_errors
+from vision_gates.engine.updates import Update, not_finite, refuse_nan, stop_for_nan
 from vision_gates.engine.volume_scores import CaseScorer, build_scorer
-from vision_gates.errors import ConfigError, UserError
+from vision_gates.errors import UserError
 
 __all__ = ["Interrupted", "Trainer", "train"]
+
+_MOST_SKIPPED = 10  # updates in a row, with trainer.nan=skip: more are no accident of a batch
+_LOWER = (
+    "lower data.batch_size (a run goes on with trainer.resume=true and as many images in an update as before), in a "
+    "new run also the size of images or patches, or use trainer.precision=bf16"
+)
 
 
 def train(config: RunConfig, *, command: Sequence[str] = (), console: Console | None = None) -> Path:
@@ -61,13 +79,14 @@ def train(config: RunConfig, *, command: Sequence[str] = (), console: Console | 
         The run directory.
 
     Raises:
-        UserError: A mistake in the configuration or data (then nothing has been written), or a loss that is NaN.
+        UserError: A mistake in the configuration or data (then nothing has been written), a loss that is NaN, data
+            that can no longer be read, a worker that died, too little memory or a full disk.
         Interrupted: Stopped by a signal, after a checkpoint.
     """
     accelerator = build_accelerator(config)
     display = Display(main=accelerator.is_main_process, console=console, log_every=config.trainer.log_every)
-    with display, deterministic_algorithms(config.trainer.deterministic):
-        run = RunDirectory(config.trainer.run_dir or "runs/run")
+    run = RunDirectory(config.trainer.run_dir or "runs/run")
+    with display, deterministic_algorithms(config.trainer.deterministic), machine_errors(run.path, lower=_LOWER):
         resuming = check_run_directory(run, config)
         split = is_finished(run) if resuming else None
         if split is not None:
@@ -84,37 +103,6 @@ def train(config: RunConfig, *, command: Sequence[str] = (), console: Console | 
             finally:
                 trainer.close()
     return run.path
-
-
-class _Update:
-    """What is shown of an update once its loss is there.
-
-    Args:
-        losses: of its batches, on the device.
-        sizes: images of each.
-        names: of all images.
-        number: of the update.
-        lr: learning rate.
-        waited: seconds for the data.
-    """
-
-    def __init__(
-        self, losses: Tensor, sizes: list[int], names: list[str], *, number: int, lr: float, waited: float
-    ) -> None:
-        self.sizes, self.names, self.number, self.lr, self.waited = sizes, names, number, lr, waited
-        self.seconds = 0.0  # from the end of the update before
-        # The copy starts now; the event tells when it is done, whatever the GPU has been given to do since.
-        self._losses = losses.to("cpu", non_blocking=True)
-        self._copied: Any = None
-        if losses.device.type == "cuda":
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-
-    def read(self) -> list[float]:
-        """The loss of each batch."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return self._losses.tolist()
 
 
 class Trainer:
@@ -140,24 +128,38 @@ class Trainer:
         if config.trainer.channels_last:
             for parameter in self.network.parameters():
                 parameter.data = _channels_last(parameter.data)
-        self.ema = build_ema(config, self.network)  # a deep copy: before compile and DDP wrap anything
+        self.sharded = config.trainer.parallel == "fsdp" and self.world > 1
+        # Processes evaluate different numbers of images, and a sharded network needs all of them in every pass.
+        self.whole = copy.deepcopy(self.network).cpu() if self.sharded else None
+        self.ema = build_ema(config, self.network)  # a deep copy: before compile, DDP and FSDP change anything
+        if self.sharded:
+            shard(self.network)
+            if self.ema is not None:
+                shard(self.ema.module)
         self.batches = len(parts.train.batches)  # a process and epoch
-        self.updates_per_epoch = math.ceil(self.batches / config.optim.accumulate)
-        self.total_updates = self.updates_per_epoch * config.schedule.epochs
         optimizer = build_optimizer(config, self.network)
-        self.schedule = build_schedule(config, optimizer, updates_per_epoch=self.updates_per_epoch)
         self.loss = build_loss(config, parts.info).to(self.device)
         if config.trainer.compile:
             self.network.compile()  # in place, so that names in the state dict stay
             self.loss.compile()
-        self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+        self.model: nn.Module = self.network
+        if self.sharded:
+            self.optimizer = accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+        self.set_accumulation(config.optim.accumulate)
         self.graphed = GraphedStep(self._loss_and_gradient, self.model) if config.trainer.cuda_graph else None
         self.mixup = build_mixup(config, len(parts.info.class_names))
         self.writer: Any = None
         self.last_save = self.began = time.perf_counter()
         self.first_update, self.elapsed_before = 0, 0.0
         self.over = False  # the time that schedule.minutes gives
-        self.unread: _Update | None = None  # the last update, its loss still on the way from the GPU
+        self.unread: Update | None = None  # the last update, its loss still on the way from the GPU
+        self.buffers_before: list[Tensor] = []  # of the network, where its update is not yet done
+        for loader in (parts.train, parts.val):
+            loader.rescue = self._rescue
+        # What processes tell each other in every update goes past the GPU, which would have to be waited for.
+        self.group: Any = torch.distributed.new_group(backend="gloo") if self.world > 1 else None
 
     # ------------------------------------------------------------ start and end
 
@@ -165,11 +167,11 @@ class Trainer:
         """Create the run directory, or go back to where its last checkpoint was."""
         checkpoint = read_checkpoint(self.run.checkpoints, "last") if resuming else None
         if checkpoint is not None:
-            self._restore(checkpoint.weights, checkpoint.state)
+            restore(self, checkpoint)
         if self.main:
             self.run.path.mkdir(parents=True, exist_ok=True)
             if checkpoint is None:
-                save_config(self.config, self.run.config)
+                atomic_write_text(self.run.config, dump_config(self.config))
                 atomic_write_text(self.run.info, to_json(self.parts.info.to_dict(), indent=1) + "\n")
             truncate_metrics(self.run.metrics, self.state.epoch)
             environment = describe_environment(device=self.device, processes=self.world, command=command)
@@ -191,29 +193,23 @@ class Trainer:
                 )
         self.accelerator.wait_for_everyone()
 
-    def _restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        if state["processes"] != self.world:
-            raise ConfigError(
-                f"trainer.resume=true: {self.run.path} was trained by {state['processes']} processes, now there are "
-                f"{self.world}; start as many"
-            )
-        self.network.load_state_dict(weights if state["model"] is None else state["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.state = State(**state["place"])
-        self.elapsed_before = self.state.elapsed
-        if not self.main:  # the sums are those of all processes
-            self.state.loss_sum, self.state.images = 0.0, 0
-        self.schedule.step_update(self._schedule_place())
+    def images_per_step(self) -> int:
+        """Of the batches that all processes compute at the same time."""
+        return self.parts.train.batches.batch_size * self.world
+
+    def set_accumulation(self, batches: int) -> None:
+        """How many batches a process adds up for an update; the schedule follows from it."""
+        self.accumulate = batches
+        self.updates_per_epoch = math.ceil(self.batches / batches)
+        self.total_updates = self.updates_per_epoch * self.config.schedule.epochs
+        self.schedule = build_schedule(self.config, self.optimizer, updates_per_epoch=self.updates_per_epoch)
 
     def close(self) -> None:
         """Release files and processes."""
         self.parts.train.close()
         if self.writer is not None:
-            self.writer.close()
+            with suppress(OSError):  # a full disk, of which the run has said more
+                self.writer.close()
 
     # ------------------------------------------------------------ the loop
 
@@ -241,16 +237,18 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """The current epoch, from the batch where it stands to its last."""
-        state, accumulate = self.state, self.config.optim.accumulate
+        state, skip = self.state, self.config.trainer.nan == "skip"
         self.model.train()
         self.parts.train.start(epoch=state.epoch, first=state.batch)
         batches = iter(self.parts.train)
         ended = time.perf_counter()
         while state.batch < self.batches:
-            count = min(accumulate, self.batches - state.batch)  # batches of this update
+            count = min(self.accumulate, self.batches - state.batch)  # batches of this update
             losses: list[Tensor] = []
             names: list[str] = []
             sizes, waited = [], 0.0
+            if skip or count > 1:
+                self.buffers_before = [buffer.clone() for buffer in self.network.buffers()]
             for i in range(count):
                 asked = time.perf_counter()
                 batch = next(batches)
@@ -258,16 +256,22 @@ class Trainer:
                 losses.append(self.forward_backward(batch, number=state.batch + i, count=count, last=i == count - 1))
                 sizes.append(len(batch["name"]))
                 names.extend(batch["name"])
-            lr = self.learning_rate()
-            self.step_optimizer()
+            lr, number = self.learning_rate(), state.update + 1
+            update = Update(torch.stack(losses), sizes, names, number=number, lr=lr, waited=waited)
             state.batch += count
-            update = _Update(torch.stack(losses), sizes, names, number=state.update, lr=lr, waited=waited)
+            skipped = skip and not self._is_finite(update)
+            if skipped:
+                self.skip_update(update)
+            else:
+                self.step_optimizer()
+                state.skipped_in_row = 0
+            self.buffers_before = []
             self.read_loss()  # of the update before: the GPU is never without work
             began, ended = ended, time.perf_counter()
             update.seconds = ended - began
             state.seconds += update.seconds
-            self.unread = update
-            stop, save, self.over = self._agree(self.stop.requested, self._checkpoint_due(), self._time_is_up())
+            self.unread = None if skipped else update
+            stop, save, self.over = self.any_process(self.stop.requested, self._checkpoint_due(), self._time_is_up())
             if stop:
                 self.read_loss()
                 raise Interrupted(self._stopped())
@@ -289,16 +293,16 @@ class Trainer:
         update, self.unread = self.unread, None
         if update is None:
             return
+        if self.config.trainer.nan == "stop" and not self._is_finite(update):
+            stop_for_nan(self, update)
         values = update.read()
-        if not all(map(math.isfinite, values)):
-            self._stop_for_nan(values, update)
         self.state.loss_sum += math.fsum(v * n for v, n in zip(values, update.sizes, strict=True))
         self.state.images += sum(update.sizes)
         self._show_update(values, update)
 
     def forward_backward(self, batch: dict[str, Any], *, number: int, count: int, last: bool) -> Tensor:
         """Add one batch's share of the gradient; returns its loss, detached."""
-        place = self.config.seed, self.state.epoch, number, self.accelerator.process_index
+        place = self.config.seed, self.state.epoch, number * self.world + self.accelerator.process_index
         torch.manual_seed(derive_seed(place[0], "step", *place[1:]))  # dropout, stochastic depth
         image = batch["image"].to(self.device, non_blocking=True)
         target = batch["target"].to(self.device, non_blocking=True)
@@ -310,11 +314,16 @@ class Trainer:
             image, target = mix(self.mixup, image, target, seed=derive_seed(place[0], "mixup", *place[1:]))
         if self.graphed is not None:
             return self.graphed(image, target)
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+            return self._loss_and_gradient(image, target, count)
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             return self._loss_and_gradient(image, target, count)
 
     def _loss_and_gradient(self, image: Tensor, target: Tensor, count: int = 1) -> Tensor:
-        loss = self.loss(self.model(image), target)
+        with self.accelerator.autocast() if self.sharded else nullcontext():  # DDP's model has its own
+            logits = self.model(image)
+        loss = self.loss(_float(logits) if self.sharded else logits, target)
         self.accelerator.backward(loss / count)
         return loss.detach()
 
@@ -325,10 +334,33 @@ class Trainer:
         self.optimizer.step()
         if self.graphed is None:
             self.optimizer.zero_grad(set_to_none=True)
+        if self.world > 1:
+            average_buffers(self.network)
         self.state.update += 1
-        self.schedule.step_update(self._schedule_place())
+        self.schedule.step_update(self.schedule_place())
         if self.ema is not None:
             self.ema.update(self.network, step=self.state.update)
+
+    def skip_update(self, update: Update) -> None:
+        """Leave out an update whose loss is not finite: weights, moments and averages stay, the schedule goes on.
+
+        Raises:
+            UserError: It is one too many in a row.
+        """
+        self._undo_forward()
+        if self.graphed is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        state = self.state
+        state.update += 1
+        state.skipped += 1
+        state.skipped_in_row += 1
+        self.schedule.step_update(self.schedule_place())
+        if state.skipped_in_row > _MOST_SKIPPED:
+            stop_for_nan(self, update)
+        batches = not_finite(self, update)
+        losses = ", ".join(dict.fromkeys(batch["loss"] for batch in batches))
+        names = ", ".join(name for batch in batches for name in batch["files"])
+        self.display.note(f"epoch {state.epoch + 1}, update {update.number}: loss {losses}, skipped; batch: {names}")
 
     def learning_rate(self) -> float:
         """Learning rate of the next update, without the factors of layer decay."""
@@ -342,7 +374,10 @@ class Trainer:
         if self.world == 1:
             loader.check = self._check_stop
         info = self.parts.info
-        network = self.network if self.ema is None else self.ema.module
+        network = self.deployed()
+        if self.whole is not None:
+            self.whole.load_state_dict(gathered(network.state_dict()))
+            network = self.whole.to(self.device)
         return evaluate_model(
             labeller(self.config, info, network, device=self.device),
             loader,
@@ -359,7 +394,7 @@ class Trainer:
     def end_epoch(self, evaluation: Evaluation | None) -> None:
         """Choose the best checkpoint, write the epoch's row, save."""
         state, trainer = self.state, self.config.trainer
-        loss_sum, images = self._sum(state.loss_sum, float(state.images))
+        loss_sum, images = self.sum_over_processes(state.loss_sum, float(state.images))
         improved = False
         validation = None
         if evaluation is not None:
@@ -375,14 +410,15 @@ class Trainer:
             "epoch": state.epoch + 1,
             "step": state.update,
             "lr": self.learning_rate(),
-            "train": {"loss": loss_sum / images},
+            "train": {"loss": loss_sum / images if images else math.nan}
+            | ({"skipped": state.skipped} if trainer.nan == "skip" else {}),
             "val": validation,
             "seconds": round(state.seconds + (evaluation.seconds if evaluation is not None else 0.0), 3),
             "images_per_second": round(images / max(state.seconds, 1e-9), 1),
         }
         self._show_epoch(row, improved)
         state.epoch += 1
-        state.batch, state.loss_sum, state.images, state.seconds = 0, 0.0, 0, 0.0
+        state.batch, state.loss_sum, state.images, state.seconds, state.skipped = 0, 0.0, 0, 0.0, 0
         early = trainer.patience is not None and state.stale >= trainer.patience
         state.finished = early or self.over or state.epoch >= self.config.schedule.epochs
         if early:
@@ -401,7 +437,7 @@ class Trainer:
         best = read_checkpoint(self.run.checkpoints, "best")
         if best is None:
             raise UserError(f"{self.run.checkpoints}: the best checkpoint is missing; it cannot be evaluated")
-        (self.network if self.ema is None else self.ema.module).load_state_dict(best.weights)
+        load_weights(self.deployed(), best.weights)
         split = "val" if self.parts.test is None else "test"
         loader = self.parts.val if self.parts.test is None else self.parts.test
         scorer = build_scorer(self.config, self.parts.info, loader)
@@ -416,25 +452,18 @@ class Trainer:
     # ------------------------------------------------------------ checkpoints
 
     def save(self, name: str) -> None:
-        """Write a checkpoint; every process has to call this."""
-        loss_sum, images = self._sum(self.state.loss_sum, float(self.state.images))
+        """Write a checkpoint; every process has to call this.
+
+        Raises:
+            UserError: The weights hold NaN; the checkpoint before stays. The disk is full; likewise.
+        """
+        refuse_nan(self)
         self.last_save = time.perf_counter()
-        if not self.main:
-            return
-        scaler = self.accelerator.scaler
-        state = {
-            "place": {**asdict(self.state), "loss_sum": loss_sum, "images": int(images), "elapsed": self._elapsed()},
-            "model": None if self.ema is None else self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "processes": self.world,
-            "threads": torch.get_num_threads(),
-        }
-        weights = (self.network if self.ema is None else self.ema.module).state_dict()
-        about: dict[str, Any] = {"epoch": self.state.epoch, "step": self.state.update, "finished": self.state.finished}
-        if name == "best":
-            about[str(self.config.trainer.monitor)] = self.state.best
-        write_checkpoint(self.run.checkpoints, name, weights=weights, state=state, about=about)
+        save_checkpoint(self, name)
+
+    def deployed(self) -> nn.Module:
+        """The network whose weights are evaluated: the moving average, if there is one."""
+        return self.network if self.ema is None else self.ema.module
 
     def _checkpoint_due(self) -> bool:
         trainer = self.config.trainer
@@ -444,27 +473,32 @@ class Trainer:
 
     # ------------------------------------------------------------ helpers
 
-    def _elapsed(self) -> float:
+    def elapsed(self) -> float:
         return self.elapsed_before + time.perf_counter() - self.began
 
     def _time_is_up(self) -> bool:
         minutes = self.config.schedule.minutes
-        return minutes is not None and self._elapsed() >= 60 * minutes
+        return minutes is not None and self.elapsed() >= 60 * minutes
 
-    def _schedule_place(self) -> int:
+    def schedule_place(self) -> int:
         """Where the learning rate's schedule is, of ``total_updates``: by updates, or by the clock."""
         minutes = self.config.schedule.minutes
         if minutes is None:
-            return self.state.update
-        return min(int(self._elapsed() / (60 * minutes) * self.total_updates), self.total_updates)
+            return self.state.epoch * self.updates_per_epoch + math.ceil(self.state.batch / self.accumulate)
+        elapsed = torch.tensor(self.elapsed(), dtype=torch.float64)
+        if self.world > 1:  # all go by the first one's clock, or their weights would part
+            torch.distributed.broadcast(elapsed, src=0, group=self.group)
+        return min(int(float(elapsed) / (60 * minutes) * self.total_updates), self.total_updates)
 
-    def _agree(self, *flags: bool) -> list[bool]:
+    def any_process(self, *flags: bool) -> list[bool]:
         """Whether any process raised each flag."""
         if self.world == 1:
             return list(flags)
-        return [total > 0 for total in self._sum(*map(float, flags))]
+        raised = torch.tensor(flags, dtype=torch.int32)
+        torch.distributed.all_reduce(raised, group=self.group)
+        return (raised > 0).tolist()
 
-    def _sum(self, *values: float) -> list[float]:
+    def sum_over_processes(self, *values: float) -> list[float]:
         """Sums over all processes."""
         if self.world == 1:
             return list(values)
@@ -481,23 +515,35 @@ class Trainer:
             f"{self.run.path}; go on with trainer.resume=true"
         )
 
-    def _stop_for_nan(self, values: list[float], update: "_Update") -> None:
-        names, where = update.names, f"epoch {self.state.epoch + 1}, update {update.number}"
-        self.display.note(f"loss {values} in {where}; batch: {', '.join(names)}")
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more (log.txt)" if len(names) > 8 else "")
-        raise UserError(
-            f"{self.run.path}: the loss is {values[-1] if len(values) == 1 else values} in {where}; the last "
-            f"checkpoint is intact; lower optim.lr or set optim.clip_grad=1.0, or look at the batch: {shown}"
-        )
+    def _undo_forward(self) -> None:
+        """Put batch statistics back to what they were before the update that is not done."""
+        if self.buffers_before:
+            with torch.no_grad():
+                for buffer, value in zip(self.network.buffers(), self.buffers_before, strict=True):
+                    buffer.copy_(value)
 
-    def _show_update(self, values: list[float], update: "_Update") -> None:
+    def _rescue(self) -> None:
+        """Save what is done before data that cannot be read, or a dead worker, end the run."""
+        if self.world > 1:  # the other processes know of nothing
+            return
+        self._undo_forward()
+        self.read_loss()
+        if self.stop.requested:  # the signal went to the workers, too, as of a batch system
+            raise Interrupted(self._stopped())
+        self.save("last")
+
+    def _is_finite(self, update: Update) -> bool:
+        """Whether the losses of an update are numbers, on every process."""
+        return not self.any_process(not all(map(math.isfinite, update.read())))[0]
+
+    def _show_update(self, values: list[float], update: "Update") -> None:
         state, loss = self.state, sum(values) / len(values)
         rate = sum(update.sizes) * self.world / max(update.seconds, 1e-9)
         best = "" if state.best is None else f" | best {self.config.trainer.monitor} {state.best:.4f}"
         pace = (time.perf_counter() - self.began) / max(update.number - self.first_update, 1)
         remaining = pace * (self.total_updates - update.number)
         if self.config.schedule.minutes is not None:
-            remaining = min(remaining, max(60 * self.config.schedule.minutes - self._elapsed(), 0))
+            remaining = min(remaining, max(60 * self.config.schedule.minutes - self.elapsed(), 0))
         left = duration(remaining)
         self.display.step(
             update=update.number,
@@ -521,6 +567,11 @@ class Trainer:
             for key, value in scores.items():
                 self.writer.add_scalar(f"val/{key}", value, row["step"])
             self.writer.flush()
+
+
+def _float(logits: Any) -> Any:
+    """In float32, as the loss wants them; a network with deep supervision gives several."""
+    return logits.float() if isinstance(logits, Tensor) else [each.float() for each in logits]
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ from scipy.special import softmax
 from vision_gates.errors import UserError
 from vision_gates.volumes.windows import InferencePlan, Start, covered, fill_windows, gaussian, views, windows
 
-__all__ = ["Blend", "label_windows", "logits_error", "not_finite_error"]
+__all__ = ["Blend", "is_out_of_memory", "label_windows", "logits_error", "not_finite_error", "too_large_error"]
+
+_OUT_OF_MEMORY = ("out of memory", "allocate memory")  # in the messages of GPUs and of the host
 
 
 def label_windows(
@@ -38,14 +40,15 @@ def label_windows(
         network: from (B, in_channels, x, y, z), in two dimensions (B, in_channels, height, width), to logits
             (B, num_classes, ...), float32.
         image: (C, X, Y, Z), preprocessed as for training.
-        plan: from `plan_windows` for the image's shape.
+        plan: from `plan_windows` for the image's shape; its windows at a time are halved where memory is short.
         progress: called with the number of windows done and of all.
 
     Returns:
         (X, Y, Z) uint8; int16 with more than 255 classes.
 
     Raises:
-        UserError: the network returns something else than such logits, or values that are not finite.
+        UserError: the network returns something else than such logits, or values that are not finite, or memory does
+            not suffice for a single window.
     """
     sums, labels = np.zeros(plan.slab_shape, plan.blend_dtype), np.empty(plan.shape[1:], plan.label_dtype)
     blend = Blend(plan, sums, labels, bring=lambda sums_K: sums_K, first_largest=lambda sums_K: sums_K.argmax(axis=0))
@@ -60,8 +63,7 @@ def label_windows(
         probabilities_BK = softmax(logits_BK.astype(np.float32, copy=False), axis=1)
         return probabilities_BK if across is None else np.expand_dims(probabilities_BK, across)
 
-    for done in range(0, len(places), plan.batch_size):
-        group = places[done : done + plan.batch_size]
+    def mean(group: Sequence[Start]) -> NDArray[np.float32]:
         x_BC = np.zeros((len(group), plan.in_channels, *plan.window), dtype=np.float32)
         fill_windows(plan, image, group, x_BC)
         mean_BK = np.zeros((), dtype=np.float32)
@@ -69,13 +71,32 @@ def label_windows(
             seen_BC = x_BC if order is None else x_BC[:, order]
             flips = tuple(2 + axis for axis in axes)
             mean_BK = mean_BK + np.flip(probabilities(np.flip(seen_BC, flips)), flips)
-        mean_BK /= plan.views
+        return mean_BK / np.float32(plan.views)
+
+    done, batch_size = 0, plan.batch_size
+    while done < len(places):
+        group = places[done : done + batch_size]
+        try:
+            mean_BK = mean(group)
+        except Exception as error:  # ONNX Runtime has types of its own
+            if not is_out_of_memory(error):
+                raise
+            if len(group) == 1:
+                raise too_large_error(plan) from error
+            batch_size = len(group) // 2
+            continue
         if not np.isfinite(mean_BK.sum()):
             raise not_finite_error(group)
         blend.add(group, mean_BK * weight)
+        done += len(group)
         if progress is not None:
-            progress(done + len(group), len(places))
+            progress(done, len(places))
     return blend.finish()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of a GPU or of the host, does not suffice."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 class Blend:
@@ -152,6 +173,15 @@ def logits_error(plan: InferencePlan, shape: Sequence[int], found: object) -> Us
         f"for an input {tuple(shape)} the network returns {found}, not logits {expected}: is it in evaluation "
         f"mode, made for {plan.num_classes} classes?"
     )
+
+
+def too_large_error(plan: InferencePlan) -> UserError:
+    """That memory does not suffice for one window."""
+    remedy = "lower patch_size"
+    if plan.device.type != "cpu":
+        elsewhere = "" if plan.blend_device.type == "cpu" else "accumulate_on=host, "
+        remedy += f" or use {elsewhere}half precision or the CPU"
+    return UserError(f"{plan.device.type} has too little memory for one window of {plan.sides}: {remedy}")
 
 
 def not_finite_error(group: Sequence[Start]) -> UserError:

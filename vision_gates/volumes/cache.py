@@ -4,7 +4,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
+import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +24,8 @@ __all__ = ["CachedCase", "CaseCache", "default_cache"]
 
 _VERSION = 1  # of what is stored; a change makes the old files unused
 _PLACES_A_CLASS = 2_000  # evenly spaced voxels of each label, for drawing patches around them
+_WRITING = ".writing-"  # begins the folder of a case that is not whole yet
+_ABANDONED = 3600.0  # seconds since anything changed in it: whoever wrote it is gone
 
 
 def default_cache() -> Path:
@@ -40,7 +45,11 @@ class CachedCase:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What case.json holds: ``shape``, ``affine``, ``source_shape``, ``source_affine``."""
-        facts: dict[str, Any] = json.loads((self.folder / "case.json").read_text(encoding="utf-8"))
+        path = self.folder / "case.json"
+        try:
+            facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from error
         return facts
 
     @property
@@ -55,10 +64,14 @@ class CachedCase:
 
     def labelled_place(self, rng: np.random.Generator) -> tuple[int, int, int] | None:
         """A random voxel (x, y, z) with a label, each label of the case as likely; None where there is none."""
-        with np.load(self.folder / "places.npz", allow_pickle=False) as data:
-            if not data.files:
-                return None
-            places = data[sorted(data.files)[int(rng.integers(len(data.files)))]]
+        path = self.folder / "places.npz"
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                if not data.files:
+                    return None
+                places = data[sorted(data.files)[int(rng.integers(len(data.files)))]]
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise _unreadable(path, error) from error
         x, y, z = places[int(rng.integers(len(places)))].tolist()
         return x, y, z
 
@@ -80,8 +93,16 @@ class CachedCase:
         try:
             array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"{path}: a prepared volume cannot be read ({error}); delete {self.folder}") from error
+            raise _unreadable(path, error) from error
         return array
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or error
+    return DataError(
+        f"{path}: a prepared volume cannot be read ({reason}); delete {path.parent}, and it is prepared anew when the "
+        "run is started again, training with trainer.resume=true"
+    )
 
 
 class CaseCache:
@@ -112,7 +133,8 @@ class CaseCache:
         prepared = make()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".writing-", dir=self.root) as temporary:
+            _remove_abandoned(self.root)
+            with tempfile.TemporaryDirectory(prefix=_WRITING, dir=self.root) as temporary:
                 inner = Path(temporary) / "case"
                 _write(inner, prepared)
                 try:
@@ -121,8 +143,9 @@ class CaseCache:
                     if not (folder / "case.json").is_file():
                         raise
         except OSError as error:
+            free = f", {shutil.disk_usage(self.root).free / 2**20:,.1f} MiB free" if self.root.is_dir() else ""
             raise DataError(
-                f"data.cache: prepared volumes cannot be written to {self.root} ({error.strerror or error}); "
+                f"data.cache: prepared volumes cannot be written to {self.root} ({error.strerror or error}{free}); "
                 "set data.cache to a folder with room"
             ) from error
         return CachedCase(folder)
@@ -137,6 +160,17 @@ class CaseCache:
                 raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
         text = json.dumps([_VERSION, self.settings, stamps])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _remove_abandoned(root: Path) -> None:
+    """What a process that was killed left half written; each is the size of a case."""
+    for folder in root.glob(f"{_WRITING}*"):
+        try:
+            changed = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+        except OSError:
+            continue  # its writer has just finished
+        if time.time() - changed > _ABANDONED:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _safe(name: str) -> str:
@@ -162,3 +196,6 @@ def _write(folder: Path, prepared: Any) -> None:
         "source_affine": prepared.source.affine.tolist(),
     }
     (folder / "case.json").write_text(json.dumps(facts), encoding="utf-8")
+    for file in folder.iterdir():  # durable before the folder gets its name: case.json stands for whole files
+        with open(file, "rb+") as written:
+            os.fsync(written.fileno())

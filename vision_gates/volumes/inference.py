@@ -13,8 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vision_gates.errors import UserError
-from vision_gates.volumes.blending import Blend, logits_error, not_finite_error
+from vision_gates.volumes.blending import Blend, is_out_of_memory, logits_error, not_finite_error, too_large_error
 from vision_gates.volumes.windows import (
     InferencePlan,
     Start,
@@ -30,7 +29,6 @@ from vision_gates.volumes.windows import (
 __all__ = ["InferencePlan", "neighbour_slices", "plan_inference", "predict_labels"]
 
 _FREE_SHARE = 0.6  # of the device's free memory that sums and windows may take; the network needs the rest
-_OUT_OF_MEMORY = ("out of memory", "allocate memory")  # in the messages of GPUs and of the host
 
 
 def plan_inference(
@@ -151,13 +149,13 @@ def predict_labels(
         group = places[done : done + batch_size]
         try:
             mean_BK = _mirrored(plan, network, _cut(plan, image, group), autocast)
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _OUT_OF_MEMORY):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             mean_BK = None  # and out of the handler, as its traceback holds what was allocated
         if mean_BK is None:
             if len(group) == 1:
-                raise UserError(_too_large(plan))
+                raise too_large_error(plan)
             batch_size = len(group) // 2
             if plan.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -243,8 +241,3 @@ def _free_bytes(device: torch.device) -> int:
         return 0
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
-
-
-def _too_large(plan: InferencePlan) -> str:
-    remedy = "lower patch_size" if plan.blend_device.type == "cpu" else "lower patch_size or use accumulate_on=host"
-    return f"{plan.device} has too little memory for one window of {plan.sides}: {remedy}"

@@ -500,12 +500,15 @@ def write_scores(
     for name, text in contents.items():
         path = folder / f"{prefix}{name}"
         writing = path.with_name(f".{path.name}.writing")
-        with open(writing, "wb") as file:
-            # A case named after a file whose name is no UTF-8 must not stop the table.
-            file.write(text.encode(errors="backslashreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(writing, path)
+        try:
+            with open(writing, "wb") as file:
+                # A case named after a file whose name is no UTF-8 must not stop the table.
+                file.write(text.encode(errors="backslashreplace"))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(writing, path)
+        finally:
+            writing.unlink(missing_ok=True)
     return path
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def _write(path: str | Path, array: NDArray[Any], geometry: Geometry, names: Seq
         _sync(path.parent)
     except (OSError, RuntimeError) as error:  # SimpleITK raises RuntimeError
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{path}: cannot be written ({lines[-1]}); check the folder and the free space") from error
+        free = f" ({shutil.disk_usage(path.parent).free / 2**20:,.1f} MiB)" if path.parent.is_dir() else ""
+        reason = f"cannot be written ({lines[-1]}); check the folder and the free space{free}"
+        raise DataError(f"{path}: {reason}") from error
 
 
 def _sync(path: Path) -> None:
