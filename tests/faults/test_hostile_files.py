@@ -43,7 +43,7 @@ def fuzz():
     sys.path[:] = before
 
 
-KINDS = "config run checkpoint weights nifti itk dicom image tiff npz layout sidecar".split()
+KINDS = "config run checkpoint weights nifti itk dicom image tiff npz overlays layout sidecar".split()
 
 
 @pytest.mark.filterwarnings("ignore")

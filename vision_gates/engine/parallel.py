@@ -8,6 +8,7 @@ Checkpoints are written by ``torch.distributed.checkpoint``, every process its o
 format is a pickle, which can run code when it is read. They are read by any number of processes, one included.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -159,5 +160,7 @@ def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensors[name] = torch.empty_like(layout.detach(), dtype=stored.properties.dtype)
         else:
             tensors[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
-    dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs none
+        dcp.load(tensors, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     return tensors

@@ -191,7 +191,7 @@ def _load(model: nn.Module, path: Path, *, model_name: str, in_chans: int) -> No
     if not path.is_file():
         raise ConfigError(f"backbone.pretrained: {path}: no such file; nothing is downloaded but with pretrained=True")
     try:
-        weights = read_state_dict(str(path))
+        weights = read_state_dict(str(path), weights_only=True)
         convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         if convert is not None:
             weights = convert(weights, model)
