@@ -3,6 +3,7 @@
 import csv
 import gc
 import importlib.util
+import mmap
 import subprocess
 import sys
 import tracemalloc
@@ -66,7 +67,9 @@ def test_recorder_samples_at_steps(tmp_path):
     recorder = Recorder("job", r"\| update (\d+) \|", path=tmp_path / "deep" / "samples.csv")
     kept = []
     for i in range(40):
-        kept.append(np.ones((250, 500)))  # a leak of 1 MB a step
+        # A leak of 1 MB a step, in pages of its own: an array may lie in memory that was freed before.
+        kept.append(mmap.mmap(-1, 10**6, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        kept[-1].write(bytes([1]) * 10**6)
         recorder.console.print(f"epoch 1/2 | update {10 * i} | loss 0.5 " + 300 * "x")
         recorder.console.print("something else")
     assert [sample.step for sample in recorder.samples] == list(range(0, 400, 10))
@@ -116,6 +119,7 @@ def test_runs_leave_nothing_behind(soak, tmp_path):
     assert counts[1] == counts[0] and counts[2] == counts[0]
 
 
+@pytest.mark.slow
 def test_volumes_leave_nothing_behind(soak, tmp_path, monkeypatch):
     """Of each volume the tables keep a row of about 2 KB, and nobody an array, of which the smallest has 55 KB."""
     held, handles = [], []
