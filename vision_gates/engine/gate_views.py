@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vision_gates.datasets.npz import npz_names, read_npz
-from vision_gates.errors import DataError
+from vision_gates.datasets.npz import open_npz
 from vision_gates.gate_maps import GateMap, collect_gate_maps
 
 __all__ = [
@@ -271,12 +270,8 @@ def read_gate_views(path: Path) -> GateViews:
     Raises:
         DataError: The file is damaged.
     """
-    arrays = read_npz(path, npz_names(path))
-    try:
+    with open_npz(path) as arrays:
         return _unpack(arrays)
-    except Exception as error:  # whatever is missing or of another shape
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: is damaged ({reason}); run the evaluation again") from error
 
 
 def _unpack(arrays: Mapping[str, NDArray[Any]]) -> GateViews:

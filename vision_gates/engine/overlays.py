@@ -21,9 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vision_gates.datasets.npz import npz_names, read_npz
+from vision_gates.datasets.npz import open_npz
 from vision_gates.engine.slices import SamplePlane
-from vision_gates.errors import DataError
 
 __all__ = ["MAX_SIDE", "UNSCORED", "OverlayCollector", "display_image", "pack_overlays", "read_overlays"]
 
@@ -191,12 +190,8 @@ def read_overlays(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: The file is damaged.
     """
-    arrays = read_npz(path, npz_names(path))
-    try:
+    with open_npz(path) as arrays:
         return _unpack(arrays)
-    except Exception as error:  # whatever is missing or of another shape
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: is damaged ({reason}); run the evaluation again") from error
 
 
 def _unpack(arrays: Mapping[str, NDArray[Any]]) -> list[dict[str, Any]]:
