@@ -84,6 +84,19 @@ def test_a_segmenter(tmp_path):
     assert_any_size(model, done, 2, [(33, 47), (80, 72)])
 
 
+@pytest.mark.parametrize(
+    "head",
+    ["UPerHead", *(pytest.param(name, marks=pytest.mark.slow) for name in ("FCNHead", "SegformerHead", "ASPPHead"))],
+)
+def test_heads_of_mmseg(head, tmp_path):
+    pytest.importorskip("mmseg", reason="the [mmseg] extra is not installed")
+    decoder = {"type": "mmseg", "head": {"type": head, "channels": 8}}
+    model = create_segmenter("test_resnet", num_classes=3, in_chans=2, decoder=decoder)
+    done = to_onnx(model, tmp_path / "model.onnx", input_size=(2, 32, 48))
+    assert done.about.dynamic_axes == ("batch", "height", "width")
+    assert_any_size(model, done, 2, [(33, 47), (160, 96)])
+
+
 def pixelwise():
     """Five classes from the mean over a convolution's results: what takes no time to export."""
     return nn.Sequential(nn.Conv2d(3, 5, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import vision_gates
 from vision_gates.errors import ConfigError, UserError
+from vision_gates.export.pooling import PoolingAsProducts
 from vision_gates.export.regions import write_out
 from vision_gates.export.runtime import first_line, needs, open_session
 from vision_gates.export.sidecar import AXES, METADATA_KEY, Sidecar, sidecar_path
@@ -133,7 +134,10 @@ def to_onnx(
     writing = path.with_name(f".{path.name}.writing")
     try:
         graph.save(str(writing), external_data=False)
-        differences = _compare(reference, writing, sidecar, samples or {})
+        try:
+            differences = _compare(reference, writing, sidecar, samples or {})
+        except ParityError as error:
+            raise ParityError(f"{path}: {error}; not written") from error
         worst = max(differences, key=lambda difference: difference.relative)
         if not worst.relative <= LIMITS[precision]:  # NaN does not pass
             raise ParityError(f"{path}: differs from PyTorch by more than {LIMITS[precision]:g}: {worst}; not written")
@@ -201,7 +205,8 @@ def _export(network: nn.Module, shape: tuple[int, ...], *, opened: bool, opset: 
     open_axes = {axis: torch.export.Dim.DYNAMIC for axis in (range(len(shape)) if opened else (0,)) if axis != 1}
     with _quiet(), torch.no_grad():
         with single_nodes() as functions:
-            program = torch.export.export(network, (torch.zeros(shape),), dynamic_shapes=(open_axes,), strict=False)
+            with PoolingAsProducts():
+                program = torch.export.export(network, (torch.zeros(shape),), dynamic_shapes=(open_axes,), strict=False)
             exported: Any = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -280,13 +285,11 @@ def _compare(
             (result,) = session.run(None, {session.get_inputs()[0].name: x})
         except Exception as error:  # ONNX Runtime has a type for each of its status codes
             raise ParityError(
-                f"{path}: ONNX Runtime fails on {name} {x.shape}, for one size (--fixed, dynamic=False) it may not: "
-                f"{first_line(error)}; not written"
+                f"ONNX Runtime fails on {name} {x.shape}, for one size (--fixed, dynamic=False) it may not: "
+                f"{first_line(error)}"
             ) from error
         if result.shape != expected.shape:
-            raise ParityError(
-                f"{path}: gives {result.shape} for {name} {x.shape}, PyTorch {expected.shape}; not written"
-            )
+            raise ParityError(f"gives {result.shape} for {name} {x.shape}, PyTorch {expected.shape}")
         largest = float(np.abs(result - expected).max())
         scale = float(np.abs(expected).max())
         differences.append(Difference(name, x.shape, largest, largest / scale if scale else largest))
