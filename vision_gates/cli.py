@@ -3,7 +3,7 @@
 Each command takes the configuration or run and ``key=value`` overrides, nothing else (segment also ``--checkpoint``,
 score also ``--tolerance``).
 What a user can mend ends in one line on standard error and exit code 2; a run stopped by Ctrl-C or SIGTERM ends with
-130.
+130. Of several processes that torchrun started, the first that fails says why, and the others end with it.
 """
 
 import errno
@@ -13,13 +13,17 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from vision_gates.errors import ConfigError, UserError
 
 __all__ = ["bench", "evaluate", "export", "folds", "gate_maps", "main", "models", "score", "segment", "train"]
+
+_PATIENCE = 10.0  # seconds that a process has to end by itself when another one has failed
 
 
 def train(argv: Sequence[str]) -> int:
@@ -222,7 +226,7 @@ def segment(argv: Sequence[str]) -> int:
     or a folder of such cases, where CASE_0000.nii.gz, CASE_0001.nii.gz are the channels of one. OUT is the mask to
     write (.nii.gz, .nii, .nrrd, .mha; .dcm: a DICOM segmentation of a DICOM series), for a folder of cases a folder.
     Masks lie on the grid of the input. Beside them:
-    volumes.csv with the millilitres of every label, report.html with pictures, segment.json. The same command again
+    volumes.csv with the millilitres of every label, report.html with pictures, segment.jsonl. The same command again
     goes on where it was stopped.
         segment scan.nii.gz mask.nii.gz --checkpoint runs/auto_3d
         segment dicom_folder/ mask.nrrd --checkpoint runs/auto_3d mirror=true
@@ -437,29 +441,87 @@ def _guard(work: Callable[[], int], argv: Sequence[str], command: Callable[..., 
         sys.stdout.write(text.rstrip() + "\n")
         return 0
     try:
-        with _interrupted_by_sigterm():
+        with _interrupted_by_sigterm(), _ended_with_others():
             return work()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes that all found it, one says so
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
+        return _fail(str(error))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "vision_gates":
             raise
-        sys.stderr.write(f"error: the package {error.name} is missing: pip install 'vision-gates[train]'\n")
-        return 2
+        return _fail(f"the package {error.name} is missing: pip install 'vision-gates[train]'")
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+        return _stopped("interrupted")
     except Exception as error:
         if type(error).__name__ == "Interrupted":  # engine.trainer's, not imported here: it would load torch
-            sys.stderr.write(f"{error}\n")
-            return 130
+            return _stopped(str(error))
         fault = _fault_of_machine(error)
-        if fault is None:
+        if fault is None and not _another_has_failed():
             raise
-        sys.stderr.write(f"error: {fault}\n")
-        return 2
+        return _fail(fault or "another process has failed")
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def _failure_mark() -> Path | None:
+    """The file that the first process to fail makes, of those that torchrun started on this host; None without it."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")  # in .../attempt_0/LOCAL_RANK/, new for every attempt
+    return Path(own).parents[1] / "failed" if own and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+def _another_has_failed() -> bool:
+    mark = _failure_mark()
+    return mark is not None and mark.exists()
+
+
+def _fail(reason: str) -> int:
+    """Say in one line why a command fails, unless another process has said why it did; the exit code."""
+    rank, mark = int(os.environ.get("RANK", "0")), _failure_mark()
+    if mark is not None:
+        if rank:  # what all of them find, a mistake in the configuration, the first one is to say
+            with suppress(KeyboardInterrupt), _interrupted_by_sigterm():
+                time.sleep(1)
+        try:
+            mark.touch(exist_ok=False)
+        except FileExistsError:
+            return 2
+        except OSError:  # better twice than never
+            pass
+    sys.stderr.write(f"{f'process {rank}: ' if rank else ''}error: {' '.join(reason.split())}\n")
+    return 2
+
+
+def _stopped(where: str) -> int:
+    """Say that a signal ended the command, which all processes got or will get; the exit code."""
+    if os.environ.get("RANK", "0") == "0" and not _another_has_failed():
+        sys.stderr.write(f"{where}\n")
+    return 130
+
+
+@contextmanager
+def _ended_with_others() -> Iterator[None]:
+    """End this process soon after another one has failed.
+
+    It may be waiting for that one inside PyTorch, where no signal reaches Python; torchrun would kill it after 30 s.
+    """
+    mark, over = _failure_mark(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1):
+            if _another_has_failed():
+                if not over.wait(_PATIENCE):
+                    os._exit(2)
+                return
+
+    if mark is not None:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+# ---------------------------------------------------------------- signals and machines
 
 
 @contextmanager
@@ -480,7 +542,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 
 def _fault_of_machine(error: Exception) -> str | None:
-    """A full disk or too little memory, in one line; None for anything else. Training says more itself."""
+    """A full disk, too little memory or a lost process, in one line; None for anything else. Training says more."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; make room and run the same command again"
@@ -489,6 +551,14 @@ def _fault_of_machine(error: Exception) -> str | None:
 
         if is_out_of_memory(error):
             return f"out of memory: {' '.join(str(error).split()) or 'the host has too little'}"
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from vision_gates.engine.parallel import is_lost_process
+
+            if is_lost_process(error):
+                return (
+                    "another process has ended, see what it or its host said (SIGKILL, which says nothing, is most "
+                    "likely lack of memory); go on with trainer.resume=true"
+                )
     return None
 
 
@@ -498,7 +568,7 @@ def _held_out(run: str) -> str:
 
     try:
         return "test" if "test" in json.loads(RunDirectory(run).info.read_bytes())["images"] else "val"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "test"  # the evaluation says what is wrong with the directory
 
 

@@ -1,6 +1,7 @@
 """A batch's computation as a CUDA graph: the same losses, gradients, batch statistics and runs as without."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -48,6 +49,26 @@ def test_replays_equal_plain_steps():
             torch.testing.assert_close(its, mine)
     with pytest.raises(ValueError, match="the graph is of images"):
         graphed(image[:2], target[:2])
+
+
+@gpu
+@needs_gpu
+def test_another_thread_may_pin_memory_during_the_capture():
+    """As a loader's does, whose batches come when they come."""
+    model = nn.Conv2d(2, 3, 1).cuda()
+
+    def step(image, target):
+        pinning = threading.Thread(target=lambda: torch.empty(3_000_017).pin_memory())
+        pinning.start()
+        pinning.join()
+        loss = nn.functional.cross_entropy(model(image), target)
+        loss.backward()
+        return loss.detach()
+
+    image, target = torch.randn(4, 2, 8, 8, device="cuda"), torch.randint(0, 3, (4, 8, 8), device="cuda")
+    with torch.no_grad():  # a graph of autograd's on another stream would spoil the capture
+        expected = nn.functional.cross_entropy(model(image), target)
+    torch.testing.assert_close(GraphedStep(step, model)(image, target), expected)
 
 
 @gpu

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from vision_gates.config import RunConfig, parse_config
 from vision_gates.engine.device import build_accelerator
+from vision_gates.engine.evaluation import evaluate_run
 from vision_gates.engine.trainer import Interrupted, Trainer, train
 from vision_gates.errors import ConfigError
 
@@ -31,6 +32,7 @@ COMMON = (
     "augment.train=[{HorizontalFlip: {}}, {GaussNoise: {p: 0.5}}]",
     "trainer.ema_decay=0.9",
 )
+SEGMENTATION = (*COMMON[:-3], "trainer.ema_decay=0.9")
 ONE, TWO = ("optim.accumulate=4",), ("optim.accumulate=2",)
 STOP = 4  # updates after which some runs are stopped: in the middle of the second epoch
 
@@ -77,8 +79,9 @@ def folder(build_config: Callable[..., RunConfig], quiet: Console, tmp_path_fact
         "fsdp": (build_config(root / "fsdp", *COMMON, *TWO, fsdp), None),
         "fsdp_stopped": (build_config(root / "fsdp_stopped", *COMMON, *TWO, fsdp), STOP),
         "one_then_fsdp": (build_config(root / "one_stopped", *COMMON, *ONE, fsdp, resume), None),
-        "segmentation": (
-            build_config(root / "segmentation", *COMMON[:-3], "trainer.ema_decay=0.9", task="segmentation"),
+        "segmentation": (build_config(root / "segmentation", *SEGMENTATION, task="segmentation"), None),
+        "segmentation_fsdp": (
+            build_config(root / "segmentation_fsdp", *SEGMENTATION, fsdp, task="segmentation"),
             None,
         ),
     }
@@ -113,13 +116,16 @@ def test_two_processes_train_what_one_trains(folder):
     assert_near(folder / "ddp", folder / "one")
 
 
-def test_shards_train_what_whole_networks_train(folder, processes):
-    assert_near(folder / "fsdp", folder / "ddp")
-    assert [result["fsdp"]["shards"] for result in processes] == ["DTensor"] * 2
-    assert [result["ddp"]["shards"] for result in processes] == ["Parameter"] * 2
+@pytest.mark.parametrize(("sharded", "whole"), [("fsdp", "ddp"), ("segmentation_fsdp", "segmentation")])
+def test_shards_train_what_whole_networks_train(folder, processes, sharded, whole):
+    assert_near(folder / sharded, folder / whole)
+    assert [result[sharded]["shards"] for result in processes] == ["DTensor"] * 2
+    assert [result[whole]["shards"] for result in processes] == ["Parameter"] * 2
+    for ours, theirs in zip(processes[0][sharded]["metrics"], processes[0][whole]["metrics"], strict=True):
+        assert ours == [pytest.approx(value, rel=1e-3, abs=2e-4) for value in theirs]
 
 
-@pytest.mark.parametrize("run", ["ddp", "fsdp", "segmentation"])
+@pytest.mark.parametrize("run", ["ddp", "fsdp", "segmentation", "segmentation_fsdp"])
 def test_processes_agree(processes, run):
     """Weights, batch statistics, the moving average of both, and every metric."""
     first, second = (dict(result[run]) for result in processes)
@@ -155,6 +161,18 @@ def test_one_process_goes_on_with_what_two_began(folder, build_config, quiet, ru
         in (done / "log.txt").read_text()
     )
     assert_near(done, folder / "ddp")
+
+
+def test_one_process_evaluates_segmentation_in_shards(folder, build_config, quiet, tmp_path):
+    """From the checkpoint in shards, as if the two had been killed before the evaluation; and from the weights."""
+    shutil.copytree(folder / "segmentation_fsdp", tmp_path / "run")
+    (expected,) = (tmp_path / "run" / "evaluation").glob("*.json")
+    content = json.loads(expected.read_text())
+    shutil.rmtree(tmp_path / "run" / "evaluation")
+    settings = (*SEGMENTATION, "trainer.parallel=fsdp", "trainer.resume=true")
+    train(build_config(tmp_path / "run", *settings, task="segmentation"), console=quiet)
+    assert json.loads(expected.read_text())["metrics"] == pytest.approx(content["metrics"], rel=1e-5)
+    assert evaluate_run(tmp_path / "run").result.metrics == pytest.approx(content["metrics"], rel=1e-5)
 
 
 def test_two_processes_go_on_in_shards_with_what_one_began(folder, processes):

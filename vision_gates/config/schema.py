@@ -205,8 +205,8 @@ class TrainerConfig(Section):
     compile: bool = Field(default=False, description="torch.compile the network and the loss.")
     cuda_graph: bool = Field(
         default=False,
-        description="Replay forward and backward pass as one CUDA graph, with compile or without: on one GPU, where "
-        "launches take longer than the work.",
+        description="Replay forward and backward pass as one CUDA graph, with compile or without, where launches take "
+        "longer than the work.",
     )
     channels_last: bool = Field(
         default=False, description="Lay out images and weights with channels last: faster convolutions on a GPU."

@@ -62,6 +62,7 @@ class GraphedStep:
                 buffer.copy_(value)  # of batch statistics these runs count for nothing
         self.model.zero_grad(set_to_none=True)  # gradients come from the graph's own memory
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Not "global": the thread that pins the loader's next batches calls CUDA at any moment.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.loss = self.step(self.image, self.target)
         self.graph = graph

@@ -42,11 +42,11 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     try:
         # Batch statistics are averaged after every update instead (parallel.py).
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        # The newest PyTorch has another name for it, which Accelerate does not know yet.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         accelerator = Accelerator(mixed_precision=trainer.precision, cpu=trainer.device == "cpu", kwargs_handlers=[ddp])
     except ValueError as error:
         raise ConfigError(f"trainer.precision={trainer.precision}: {' '.join(str(error).split())}") from error
-    if trainer.cuda_graph and accelerator.num_processes > 1:
-        raise ConfigError(f"trainer.cuda_graph=true: is for one process, there are {accelerator.num_processes}")
     return accelerator
 
 

@@ -8,6 +8,7 @@ Checkpoints are written by ``torch.distributed.checkpoint``, every process its o
 format is a pickle, which can run code when it is read. They are read by any number of processes, one included.
 """
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,9 @@ from torch.optim import Optimizer
 
 __all__ = [
     "average_buffers",
+    "average_gradients",
     "gathered",
+    "is_lost_process",
     "load_weights",
     "optimizer_state",
     "read_shards",
@@ -63,14 +66,34 @@ def average_buffers(network: nn.Module) -> None:
 
     PyTorch's DDP would take the first process's, and only when the next batch begins.
     """
-    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-    if not buffers:
+    _average([buffer for buffer in network.buffers() if buffer.is_floating_point()])
+
+
+@torch.no_grad()
+def average_gradients(network: nn.Module) -> None:
+    """Make gradients, in place, their mean over all processes; every process has to call this.
+
+    For a network that is not wrapped in DDP; of one that is, DDP does it while the backward pass runs.
+    """
+    _average([parameter.grad for parameter in network.parameters() if parameter.grad is not None])
+
+
+def _average(tensors: list[Tensor]) -> None:
+    if not tensors:
         return
-    flat = torch.cat([buffer.detach().flatten().float() for buffer in buffers])
+    flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether PyTorch could not reach another process, most likely because it has ended."""
+    if not torch.distributed.is_available() or not isinstance(error, RuntimeError):
+        return False
+    said = r"Connection (closed|reset) by peer|Broken pipe|connectFullMesh failed|remote process exited"
+    return isinstance(error, torch.distributed.DistNetworkError) or re.search(said, str(error)) is not None
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

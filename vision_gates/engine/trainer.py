@@ -37,6 +37,7 @@ from vision_gates.engine.evaluation import (
 from vision_gates.engine.optim import build_ema, build_mixup, build_optimizer, build_schedule, is_better, mix
 from vision_gates.engine.parallel import (
     average_buffers,
+    average_gradients,
     gathered,
     load_weights,
     shard,
@@ -129,6 +130,8 @@ class Trainer:
             for parameter in self.network.parameters():
                 parameter.data = _channels_last(parameter.data)
         self.sharded = config.trainer.parallel == "fsdp" and self.world > 1
+        # DDP reduces in hooks that a replayed graph does not run: its gradients are averaged after it.
+        self.averaged = config.trainer.cuda_graph and self.world > 1
         # Processes evaluate different numbers of images, and a sharded network needs all of them in every pass.
         self.whole = copy.deepcopy(self.network).cpu() if self.sharded else None
         self.ema = build_ema(config, self.network)  # a deep copy: before compile, DDP and FSDP change anything
@@ -143,7 +146,8 @@ class Trainer:
             self.network.compile()  # in place, so that names in the state dict stay
             self.loss.compile()
         self.model: nn.Module = self.network
-        if self.sharded:
+        self.bare = self.sharded or self.averaged  # else Accelerate's model has autocast, and DDP, in it
+        if self.bare:
             self.optimizer = accelerator.prepare(optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
@@ -313,7 +317,10 @@ class Trainer:
         if self.mixup is not None:
             image, target = mix(self.mixup, image, target, seed=derive_seed(place[0], "mixup", *place[1:]))
         if self.graphed is not None:
-            return self.graphed(image, target)
+            loss = self.graphed(image, target)
+            if self.averaged:
+                average_gradients(self.network)
+            return loss
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
             return self._loss_and_gradient(image, target, count)
@@ -321,9 +328,9 @@ class Trainer:
             return self._loss_and_gradient(image, target, count)
 
     def _loss_and_gradient(self, image: Tensor, target: Tensor, count: int = 1) -> Tensor:
-        with self.accelerator.autocast() if self.sharded else nullcontext():  # DDP's model has its own
+        with self.accelerator.autocast() if self.bare else nullcontext():
             logits = self.model(image)
-        loss = self.loss(_float(logits) if self.sharded else logits, target)
+        loss = self.loss(_float(logits) if self.bare else logits, target)
         self.accelerator.backward(loss / count)
         return loss.detach()
 
