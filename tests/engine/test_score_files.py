@@ -39,10 +39,14 @@ def test_two_folders(tmp_path: Path) -> None:
     for name, shift in (("one", 0), ("two", 2)):
         _write(tmp_path / "masks" / f"{name}.nii.gz", shift=shift)
         _write(tmp_path / "truth" / f"{name}.mha")
-    (tmp_path / "masks" / "segment.json").write_text(json.dumps({"class_names": ["background", "left", "right"]}))
+    journal = tmp_path / "masks" / "segment.jsonl"
+    journal.write_text(json.dumps({"about": {}, "class_names": ["background", "left", "right"]}) + '\n{"begun": "on')
     summary = score_files(tmp_path / "masks", tmp_path / "truth")
     assert [row["name"] for row in summary.per_label] == ["left", "right"]
     assert summary.cases == 2 and summary.per_label[0]["dice"] == pytest.approx((1 + 0.5) / 2)
+    journal.write_text('{"about": {}}\n')
+    with pytest.raises(DataError, match=r"segment\.jsonl, line 1: damaged \(no class_names\); give names="):
+        score_files(tmp_path / "masks", tmp_path / "truth")
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -286,13 +286,13 @@ def test_nothing_found_is_said_and_slices_span_the_volume():
     _Page(section)
 
 
-def test_names_are_escaped_and_every_case_has_its_link():
+def test_names_are_escaped_and_every_case_has_its_link(tmp_path):
     labels = _corner("RAS") > 0
-    sections = [
-        _section(labels, labels, _plain(SHAPE), name=name, names=("background", EVIL), network=_Gated())
-        for name in (EVIL, "bad \udcff name", "a&b")
-    ]
-    text = page(sections, title=EVIL)
+    sections = [tmp_path / f"{i}.html" for i in range(3)]
+    for section, name in zip(sections, (EVIL, "bad \udcff name", "a&b"), strict=True):
+        found = _section(labels, labels, _plain(SHAPE), name=name, names=("background", EVIL), network=_Gated())
+        section.write_text(found, encoding="utf-8")
+    text = "".join(page(sections, title=EVIL))
     text.encode("utf-8")
     parsed = _Page(text)
     assert "script" not in parsed.tags and "link" not in parsed.tags
@@ -305,7 +305,7 @@ def test_names_are_escaped_and_every_case_has_its_link():
     assert parsed.text.count(EVIL) >= 2 + 3  # title, headline, link, case, label
     assert "bad \\udcff name" in parsed.text
 
-    one = _Page(page(sections[:1], title="one"))
+    one = _Page("".join(page(sections[:1], title="one")))
     assert "1 case" in one.text and "nav" not in one.tags
 
 

@@ -20,7 +20,14 @@ from vision_gates.engine.building import RunInfo
 from vision_gates.engine.evaluation import Evaluation, write_evaluation
 from vision_gates.engine.report import write_report
 from vision_gates.engine.volume_data import VolumeCases, VolumeInfo
-from vision_gates.engine.volume_scores import CaseScorer, Scores, build_scorer, read_summary, score_table
+from vision_gates.engine.volume_scores import (
+    CaseScorer,
+    Scores,
+    build_scorer,
+    read_summary,
+    score_table,
+    summarise_runs,
+)
 from vision_gates.errors import DataError, UserError
 from vision_gates.metrics import create_metrics
 from vision_gates.volumes.cache import CaseCache
@@ -29,6 +36,7 @@ from vision_gates.volumes.reading import read_labels, read_volume
 from vision_gates.volumes.scoring import Summary, score_case, summarise, write_scores
 
 NAMES = ("background", "<b>organ</b>", "tumour")
+GARBAGE = bytes(range(128, 256)) + b"\x00\n"
 SHAPE, SPACING = (14, 12, 10), (0.8, 1.0, 2.0)
 
 
@@ -221,7 +229,7 @@ def test_summary_is_read_as_it_was_written(tmp_path):
     assert "val, on the grids of the files, 3 cases of 2 patients" in str(score_table(summary, "val").title)
     for text in ("{", "[]", '{"cases": 3}'):
         path.write_text(text)
-        with pytest.raises(UserError, match="val_summary.json: cannot be read .*evaluate the run again"):
+        with pytest.raises(UserError, match="val_summary.json: damaged .*evaluate the run again"):
             read_summary(path)
 
 
@@ -314,6 +322,30 @@ def test_missing_folds_are_said(runs, capfd):
     assert cli.folds([runs[2], runs[0]]) == 0
     assert "note: 2 of 3 folds; missing: 1" in capfd.readouterr().out
     assert json.loads(Path("folds.json").read_text())["notes"] == ["2 of 3 folds; missing: 1"]
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "evaluation/val_summary.json", "evaluation/val_cases.csv"])
+@pytest.mark.parametrize("how", ["truncated", "another kind", "garbage"])
+def test_a_damaged_file_of_a_fold_is_named(runs, file, how):
+    path = Path("fold1", file)
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "another kind": b"[1, 2]\n", "garbage": GARBAGE}[how])
+    with pytest.raises(UserError, match=re.escape(str(path))) as caught:
+        summarise_runs(["fold0", "fold1"], "folds.csv")
+    assert len(str(caught.value).splitlines()) == 1 and not Path("folds.csv").exists()
+
+
+def test_no_part_of_a_summary_may_be_of_another_kind(runs):
+    path = Path("fold1/evaluation/val_summary.json")
+    whole = json.loads(path.read_text())
+    for key in whole:
+        path.write_text(json.dumps(whole | {key: {"a": None}}))
+        with pytest.raises(UserError, match="val_summary.json: damaged .*evaluate the run again"):
+            read_summary(path)
+    for key in whole["overall"]:
+        path.write_text(json.dumps(whole | {"overall": whole["overall"] | {key: [1]}}))
+        with pytest.raises(UserError, match=f"damaged .*{key}"):
+            read_summary(path)
 
 
 def test_what_are_no_folds(runs, capfd):

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -317,12 +318,41 @@ def test_segmenting_a_folder_goes_on_where_it_was_stopped(trained, place, tmp_pa
             read_labels(mask).array, nibabel.Nifti1Image.from_bytes(gzip.decompress(content)).get_fdata()
         )
     # Killed after a mask was written and before that was noted: the mask is this run's, and is made anew.
-    journal = tmp_path / "masks" / "segment.json"
-    content = json.loads(journal.read_text())
-    del content["cases"]["p1_frame02"]
-    journal.write_text(json.dumps(content))
+    journal = tmp_path / "masks" / "segment.jsonl"
+    *_, begun, row = journal.read_text().splitlines(keepends=True)
+    assert json.loads(begun) == {"begun": "p1_frame02"} and json.loads(row)["case"] == "p1_frame02"
+    table = (tmp_path / "masks" / "volumes.csv").read_text()
+    assert [line.split(",")[0] for line in table.splitlines()] == ["case", *map(stem, masks)]
+    journal.write_text(journal.read_text().removesuffix(row) + row[: len(row) // 2])
     assert segment(images, tmp_path / "masks", trained("2d"), options, console=QUIET) == masks
-    assert set(json.loads(journal.read_text())["cases"]) == {stem(mask) for mask in masks}
+    assert [json.loads(line) for line in journal.read_text().splitlines()[-2:]][0] == {"begun": "p1_frame02"}
+    assert (tmp_path / "masks" / "volumes.csv").read_text() == table
+
+
+def test_overwriting_goes_on_where_it_was_stopped(trained, place, tmp_path):
+    images, out = place / "data" / "imagesTr", tmp_path / "masks"
+    options = SegmentOptions(device="cpu", report=False)
+    masks = segment(images, out, trained("2d"), options, console=QUIET)
+    table, before = (out / "volumes.csv").read_text(), [mask.stat().st_mtime_ns for mask in masks]
+    shown = io.StringIO()
+
+    class Stop(io.StringIO):
+        def write(self, text: str) -> int:
+            if "3/6" in text:
+                raise Killed
+            return 0
+
+    with pytest.raises(Killed):
+        again = options.model_copy(update={"overwrite": True})
+        segment(images, out, trained("2d"), again, console=Console(file=Stop(), width=1000))
+    after = [mask.stat().st_mtime_ns for mask in masks]
+    assert [a != b for a, b in zip(after, before, strict=True)] == [True, True, False, False, False, False]
+    assert len((out / "volumes.csv").read_text().splitlines()) == 3
+    assert segment(images, out, trained("2d"), options, console=Console(file=shown, width=1000)) == masks
+    assert shown.getvalue().count("done before") == 2 and (out / "volumes.csv").read_text() == table
+    # One of them alone: the others stay what they are.
+    (one,) = segment(images / f"{stem(masks[0])}_0000.nii.gz", out, trained("2d"), again, console=QUIET)
+    assert one == masks[0] and (out / "volumes.csv").read_text() == table
 
 
 # ---------------------------------------------------------------- what cannot be used

@@ -6,8 +6,10 @@ belong to steps, are taken at the same place of the loop, and need no thread of 
 
 import csv
 import gc
+import math
 import re
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["LIMITS", "Recorder", "Sample", "Trend", "apart", "trend", "trends", "verdict_table"]
 
 LIMITS: Mapping[str, float | None] = {
-    "memory": 1.0,  # of updates; `trends` takes another
+    "memory": 1.0,
     "own": None,
     "resident": None,
     "handles": 0.1,
@@ -93,6 +95,10 @@ class Sample:
         )
 
 
+_COLUMNS: Mapping[str, Any] = {field.name: field.type for field in fields(Sample)[1:]}
+"""The numbers of a sample and their kinds."""
+
+
 def _unfiled(process: Any) -> int:
     """Bytes of memory that are no pages of files: Linux's proportional set size, elsewhere what nobody shares."""
     rollup = Path(f"/proc/{process.pid}/smaps_rollup")
@@ -113,7 +119,8 @@ class Recorder:
 
     def __init__(self, part: str, pattern: str, *, path: Path | None = None, every: float = 0.0) -> None:
         self.part, self.path, self.every = part, path, every
-        self.samples: list[Sample] = []
+        self._numbers = array("d")  # of all samples, 72 bytes each: what watches must not grow itself
+        self._latest = -math.inf
         self._pattern, self._began = re.compile(pattern), time.perf_counter()
 
     @property
@@ -121,15 +128,26 @@ class Recorder:
         """A console whose lines are looked at, and not shown."""
         from rich.console import Console
 
-        return Console(file=cast(IO[str], self), width=10_000, highlight=False)  # no line is broken
+        # soft_wrap as the commands: no line is broken, and rich keeps no widths of words (it has room for 4,096).
+        return Console(file=cast(IO[str], self), width=10_000, highlight=False, soft_wrap=True)
 
     def write(self, text: str) -> int:
         """Look at a line."""
         found, seconds = self._pattern.search(text), time.perf_counter() - self._began
-        if found and (not self.samples or seconds - self.samples[-1].seconds >= self.every):
-            self.samples.append(Sample.take(self.part, seconds=seconds, step=int(found[1])))
-            self._save(self.samples[-1])
+        if found and seconds - self._latest >= self.every:
+            sample = Sample.take(self.part, seconds=seconds, step=int(found[1]))
+            self._latest = sample.seconds
+            self._numbers.extend(getattr(sample, name) for name in _COLUMNS)
+            self._save(sample)
         return len(text)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All that were taken."""
+        width = len(_COLUMNS)
+        rows = (self._numbers[i : i + width] for i in range(0, len(self._numbers), width))
+        kinds = _COLUMNS.values()
+        return [Sample(self.part, *(kind(number) for kind, number in zip(kinds, row, strict=True))) for row in rows]
 
     def flush(self) -> None:
         """There is nothing to flush."""

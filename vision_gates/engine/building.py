@@ -4,7 +4,6 @@ The trainer and the evaluation build everything here, so that both see the same 
 ``run.json`` holds what a run learnt from its data (`RunInfo`); with config.yaml it is all that is needed to rebuild it.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from pydantic import ConfigDict, TypeAdapter
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict as read_state_dict
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from vision_gates.datasets.base import DataSplits, ImageDataConfig, Split
 from vision_gates.datasets.preflight import Statistics
 from vision_gates.engine.checkpoint import find_weights
 from vision_gates.engine.data import EvalBatches, ImageDataset, Loader, TrainBatches
-from vision_gates.engine.run_directory import RunDirectory
+from vision_gates.engine.run_directory import RunDirectory, read_json
 from vision_gates.engine.volume_data import VolumeInfo, VolumePredictor
 from vision_gates.engine.volume_preparation import build_volume_dataset
 from vision_gates.errors import ConfigError, UserError
@@ -61,6 +61,8 @@ class RunInfo:
         slices: How volumes are looked at by a run on images that are slices of one, where its data set says so.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     class_names: tuple[str, ...]
     in_chans: int
     mean: tuple[float, ...] | None
@@ -84,12 +86,8 @@ class RunInfo:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunInfo":
-        """The inverse of ``to_dict``, after a trip through JSON."""
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        for name in ("volumes", "slices"):
-            if plain.get(name) is not None:
-                plain[name] = VolumeInfo.model_validate(plain[name])
-        return cls(**plain)
+        """The inverse of ``to_dict``, after a trip through JSON; ValueError for values of other kinds."""
+        return TypeAdapter(cls).validate_python(values)
 
 
 def build_info(
@@ -353,7 +351,7 @@ def load_run(run_dir: str | Path, overrides: list[str] | None = None) -> tuple[R
     if not run.config.is_file() or not run.info.is_file():
         raise ConfigError(f"{run.path}: is no run directory (config.yaml or run.json is missing)")
     try:
-        info = RunInfo.from_dict(json.loads(run.info.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{run.info}: damaged: {' '.join(str(error).split())[:300]}") from error
+        info: RunInfo = read_json(run.info, RunInfo, remedy="put a copy of it there, or train anew")
+    except UserError as error:
+        raise ConfigError(str(error)) from error
     return load_config(run.config, overrides or []), info

@@ -5,7 +5,6 @@ The trainer calls `evaluate_model` every epoch; `evaluate_run` evaluates a finis
 
 import csv
 import io
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +29,7 @@ from vision_gates.engine.gate_views import GateViews, observe_gates, pack_gate_v
 from vision_gates.engine.overlays import OverlayCollector, pack_overlays
 from vision_gates.engine.report import CLASS_COLUMNS, METRIC_LABELS, write_report
 from vision_gates.engine.run_directory import RunDirectory, atomic_write_bytes, atomic_write_text, to_json
+from vision_gates.engine.run_files import read_evaluation
 from vision_gates.engine.state import machine_errors
 from vision_gates.engine.volume_data import VolumePredictor
 from vision_gates.engine.volume_scores import CaseScorer, Scores, build_scorer
@@ -392,11 +392,14 @@ def evaluation_table(evaluation: Evaluation | str | Path) -> Table:
 
     Args:
         evaluation: An evaluation, or the path of the JSON file that `write_evaluation` wrote.
+
+    Raises:
+        UserError: The file is damaged.
     """
     if isinstance(evaluation, Evaluation):
         content = _content(evaluation, evaluation.split)
     else:
-        content = json.loads(Path(evaluation).read_text(encoding="utf-8"))
+        content = dict(read_evaluation(Path(evaluation)))
     overall = ", ".join(f"{METRIC_LABELS[key]} {_cell(value)}" for key, value in content["metrics"].items())
     where, noun = f"{content['split']}, " if content["split"] else "", content.get("noun", "images")
     # Text, not markup: a class may be called "[red]".

@@ -92,12 +92,12 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def is_finished(run: RunDirectory) -> str | None:
     """The split that a finished run was evaluated on; None if there is still something to do."""
     try:
-        manifest = json.loads((run.checkpoint("last") / MANIFEST).read_bytes())
+        finished = json.loads((run.checkpoint("last") / MANIFEST).read_bytes()).get("finished")
         info = RunInfo.from_dict(json.loads(run.info.read_bytes()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
     split = "test" if "test" in info.images else "val"
-    done = manifest.get("finished") and (run.evaluation / f"{split}.json").exists() and run.report.exists()
+    done = finished and (run.evaluation / f"{split}.json").exists() and run.report.exists()
     return split if done else None
 
 

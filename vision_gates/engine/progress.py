@@ -1,6 +1,5 @@
 """What a run shows while it works: a rich bar on a terminal, plain lines elsewhere, and log.txt in either case."""
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from vision_gates.engine.evaluation import Evaluation, evaluation_table
 from vision_gates.engine.run_directory import RunDirectory
+from vision_gates.engine.run_files import read_evaluation
 from vision_gates.engine.volume_scores import read_summary, score_table
 from vision_gates.metrics import Result
 
@@ -135,7 +135,7 @@ def duration(seconds: float) -> str:
 
 def show_result(display: Display, run: RunDirectory, split: str) -> None:
     """The table of metrics and where everything is, from the files of the run."""
-    saved = json.loads((run.evaluation / f"{split}.json").read_bytes())
+    saved = read_evaluation(run.evaluation / f"{split}.json")
     result = Result(
         metrics={key: _number(value) for key, value in saved["metrics"].items()},
         per_class=[{key: _number(value) for key, value in row.items()} for row in saved["per_class"]],

@@ -5,14 +5,12 @@ curves alone take a few milliseconds. All text that comes from outside (file nam
 escaped.
 """
 
-import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from safetensors import SafetensorError, safe_open
 
 from vision_gates.datasets.base import how_many
 from vision_gates.engine.figures import Series, class_colour, confusion_matrix, line_chart
@@ -21,9 +19,18 @@ from vision_gates.engine.overlays import read_overlays
 from vision_gates.engine.page_style import PAGE_STYLE, escaped
 from vision_gates.engine.report_pictures import gallery, gates_section, samples
 from vision_gates.engine.run_directory import RunDirectory, atomic_write_bytes, read_metrics
-from vision_gates.engine.volume_data import VolumeInfo
-from vision_gates.errors import UserError
+from vision_gates.engine.run_files import (
+    CLASS_COLUMNS,
+    Evaluation,
+    Learnt,
+    read_config,
+    read_environment,
+    read_evaluation,
+    read_learnt,
+)
+from vision_gates.engine.volume_scores import read_summary
 from vision_gates.metrics import DEFAULT_MONITOR
+from vision_gates.volumes.scoring import Summary
 
 __all__ = ["CLASS_COLUMNS", "METRIC_LABELS", "write_report"]
 
@@ -43,12 +50,6 @@ METRIC_LABELS = {
     "false_alarms": "false alarms",
 }
 """How metrics and columns are called in tables."""
-
-CLASS_COLUMNS = {
-    "segmentation": ("dice", "iou", "dice_pooled", "n", "missed", "false_alarms"),
-    "classification": ("recall", "precision", "f1", "auc", "n"),
-}
-"""Columns of the per-class table of a task."""
 
 _CASE_COLUMNS = (
     ("dice", "Dice", 3),
@@ -73,12 +74,10 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file, {} if there is none yet."""
-    if not path.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
+def _summary(run: RunDirectory, split: str) -> Summary | None:
+    """Scores of the whole cases of a split, where there are any."""
+    path = run.evaluation / f"{split}{_SUMMARY}.json"
+    return read_summary(path) if path.is_file() else None
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -93,16 +92,14 @@ def write_report(run_dir: str | Path) -> Path:
         Path of the page.
 
     Raises:
-        UserError: There is no config.yaml.
+        UserError: There is no config.yaml, or a file is damaged.
     """
     run = RunDirectory(run_dir)
-    if not run.config.is_file():
-        raise UserError(f"{run.path}: not a run directory (it has no config.yaml)")
+    config = read_config(run)
     config_text = run.config.read_text(encoding="utf-8")
-    config: dict[str, Any] = yaml.safe_load(config_text)
     rows = read_metrics(run.metrics)
     files = (path for path in sorted(run.evaluation.glob("*.json")) if not path.stem.endswith(_SUMMARY))
-    found = [_read_json(path) for path in files]
+    found = [read_evaluation(path) for path in files]
     order = {"test": 0, "val": 1, "train": 2}
     evaluations = sorted(found, key=lambda e: order.get(e["split"], 3))
     best = _best_row(rows, config)
@@ -149,19 +146,19 @@ def _header(
     run: RunDirectory,
     config: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
-    evaluations: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Evaluation],
     best: Mapping[str, Any] | None,
 ) -> str:
     key = DEFAULT_MONITOR[config["task"]["type"]]
     value, what = None, ""
     if evaluations:
         first = evaluations[0]
-        summary = _read_json(run.evaluation / f"{first['split']}{_SUMMARY}.json")
-        value = summary["overall"][key] if summary else first["metrics"].get(key)
+        summary = _summary(run, first["split"])
+        value = summary.overall[key] if summary else first["metrics"].get(key)
         many = how_many(first["images"], _noun(config))
         what = f"{METRIC_LABELS[key]} on {first['split']}<br>{many}"
-        if summary and summary["overall"][f"{key}_low"] is not None:
-            between = " to ".join(_number(summary["overall"][f"{key}_{end}"], 3) for end in ("low", "high"))
+        if summary and summary.overall[f"{key}_low"] is not None:
+            between = " to ".join(_number(summary.overall[f"{key}_{end}"], 3) for end in ("low", "high"))
             what = f"{METRIC_LABELS[key]} on {first['split']}, {many}<br>95 % interval {between}"
     elif best is not None:
         value = best["val"].get(key)
@@ -178,35 +175,35 @@ def _header(
 
 
 def _parameters(run: RunDirectory) -> int | None:
-    """Parameters in the weights file, from its header alone: batch norm's statistics are not counted."""
+    """Parameters in the weights file, from its header alone: batch norm's statistics are not counted.
+
+    None if no file can be read; who uses the weights says what is wrong with them.
+    """
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
     for name in ("best", "last"):
-        path = run.checkpoint(name) / "weights.safetensors"
-        if path.is_file():
-            with open(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-            statistics = ("running_mean", "running_var", "num_batches_tracked")
-            return sum(
-                math.prod(tensor["shape"])
-                for key, tensor in header.items()
-                if key != "__metadata__" and not key.endswith(statistics)
-            )
+        try:
+            with safe_open(run.checkpoint(name) / "weights.safetensors", framework="numpy") as file:
+                names = [key for key in file.keys() if not key.endswith(statistics)]  # noqa: SIM118
+                return sum(math.prod(file.get_slice(key).get_shape()) for key in names)
+        except (OSError, SafetensorError):
+            continue
     return None
 
 
-def _input_size(data: Mapping[str, Any], info: Mapping[str, Any]) -> str:
-    volumes = info.get("volumes")
-    if not volumes:
+def _input_size(data: Mapping[str, Any], info: Learnt | None) -> str:
+    volumes = info.get("volumes") if info else None
+    if volumes is None:
         size = data.get("image_size", "?")
-        return " x ".join(map(str, (size, size) if isinstance(size, int) else size)) + " pixels"
-    return VolumeInfo.model_validate(volumes).describe()
+        return " x ".join(map(str, size if isinstance(size, list | tuple) else (size, size))) + " pixels"
+    return volumes.describe()
 
 
 def _facts(run: RunDirectory, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    info, environment = _read_json(run.info), _read_json(run.environment)
+    info, environment = read_learnt(run), read_environment(run)
     data, model, optim = config["data"], config["model"], config.get("optim") or {}
     facts: list[tuple[str, str]] = []
-    images = ", ".join(f"{count:,} {split}" for split, count in (info.get("images") or {}).items())
+    counts = info.get("images", {}) if info else {}
+    images = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     facts.append(("data", f"{data['type']}{f': {images} {_noun(config)}s' if images else ''}"))
     if info:
         names = info["class_names"]
@@ -277,7 +274,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], best: 
 # ---------------------------------------------------------------- evaluation
 
 
-def _evaluation(run: RunDirectory, evaluation: Mapping[str, Any], *, noun: str) -> str:
+def _evaluation(run: RunDirectory, evaluation: Evaluation, *, noun: str) -> str:
     """Section of one split: numbers, classes, pictures."""
     split = str(evaluation["split"])
     path = run.evaluation / f"{split}_overlays.npz"
@@ -290,7 +287,7 @@ def _evaluation(run: RunDirectory, evaluation: Mapping[str, Any], *, noun: str) 
     notes = "".join(f'<p class="note">{escaped(note)}</p>' for note in evaluation["notes"])
     convention = str(evaluation["convention"]).replace("image", noun)
     table = _class_table(evaluation) + f'<p class="small soft" style="margin-top:12px">{escaped(convention)}</p>{notes}'
-    if evaluation["task"] == "classification":
+    if evaluation["confusion"] is not None:
         matrix = confusion_matrix(evaluation["confusion"], evaluation["class_names"])
         # Side by side where both fit: many classes or long names need the whole width.
         narrow = len(evaluation["class_names"]) <= 12 and max(map(len, evaluation["class_names"])) <= 14
@@ -300,13 +297,13 @@ def _evaluation(run: RunDirectory, evaluation: Mapping[str, Any], *, noun: str) 
         body = table + samples(overlays, evaluation)
     gates = run.evaluation / f"{split}_gates.npz"
     if gates.is_file():
-        about = {"task": evaluation["task"], "class_names": evaluation["class_names"]}
-        body += gates_section(read_gate_views(gates), overlays, **about)
+        views, names = read_gate_views(gates), evaluation["class_names"]
+        body += gates_section(views, overlays, task=evaluation["task"], class_names=names)
     title = f"{split.capitalize()} {noun}s" + (", on the grid of the network" if noun == "case" else "")
     return f'<section><h2>{escaped(title)}</h2><div class="tiles">{tiles}</div>{body}</section>'
 
 
-def _class_table(evaluation: Mapping[str, Any]) -> str:
+def _class_table(evaluation: Evaluation) -> str:
     columns = CLASS_COLUMNS[evaluation["task"]]
     segments = evaluation["task"] == "segmentation"
     head = "".join(f"<th>{escaped(METRIC_LABELS[key])}</th>" for key in columns)
@@ -334,21 +331,21 @@ def _class_table(evaluation: Mapping[str, Any]) -> str:
 
 def _cases(run: RunDirectory, split: str) -> str:
     """Section of the scores of whole cases, where there are any: a line a label, with 95 % intervals."""
-    summary = _read_json(run.evaluation / f"{split}{_SUMMARY}.json")
-    if not summary:
+    summary = _summary(run, split)
+    if summary is None:
         return ""
-    overall = summary["overall"]
-    columns = [(key, label.format(summary["tolerance_mm"]), digits) for key, label, digits in _CASE_COLUMNS]
+    overall = summary.overall
+    columns = [(key, label.format(summary.tolerance_mm), digits) for key, label, digits in _CASE_COLUMNS]
     tiles = "".join(
         f'<div class="tile"><b>{_number(overall[key], digits)}</b><span>{escaped(label)}</span></div>'
         for key, label, digits in columns
         if not key.startswith("volume")
     )
-    for kind in ("cases", "patients"):
-        tiles += f'<div class="tile"><b>{summary[kind]:,}</b><span>{kind}</span></div>'
+    for kind, number in (("cases", summary.cases), ("patients", summary.patients)):
+        tiles += f'<div class="tile"><b>{number:,}</b><span>{kind}</span></div>'
     head = "".join(f"<th>{escaped(label)}</th>" for _, label, _ in columns)
     body = []
-    for row in (*summary["per_label"], overall):
+    for row in (*summary.per_label, overall):
         colour = class_colour(row["label"]) if row["label"] else "transparent"
         cells = f"<td>{row['n']:,}</td><td>{row['missed']:,} + {row['false_positives']:,}</td>"
         for key, _, digits in columns:
@@ -357,8 +354,8 @@ def _cases(run: RunDirectory, split: str) -> str:
             cells += f'<td>{_number(row[key], digits)}<div class="soft small">{between}</div></td>'
         swatch = f'<span class="swatch" style="background:{colour}"></span>'
         body.append(f"<tr><td>{swatch}{escaped(row['name'])}</td>{cells}</tr>")
-    about = f"Intervals of 95 % over patients; every case is in evaluation/{split}_cases.csv. {summary['convention']}"
-    notes = "".join(f'<p class="note">{escaped(note)}</p>' for note in summary["notes"])
+    about = f"Intervals of 95 % over patients; every case is in evaluation/{split}_cases.csv. {summary.convention}"
+    notes = "".join(f'<p class="note">{escaped(note)}</p>' for note in summary.notes)
     return (
         f"<section><h2>{escaped(split.capitalize())} cases, on the grids of their files</h2>"
         f'<div class="tiles">{tiles}</div><div class="scroll"><table><tr><th>label</th><th>N</th>'

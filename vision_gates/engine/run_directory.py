@@ -12,13 +12,16 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict  # typing's, before Python 3.12, is not enough for pydantic
 
 import vision_gates
 from vision_gates.errors import UserError
@@ -31,7 +34,9 @@ __all__ = [
     "describe_environment",
     "fsync_directory",
     "full_disk_as_error",
+    "read_json",
     "read_metrics",
+    "reason_of",
     "to_json",
     "truncate_metrics",
 ]
@@ -93,8 +98,12 @@ def full_disk_as_error(path: Path) -> Iterator[None]:
         ) from error
 
 
-def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+def atomic_write_bytes(path: str | Path, data: bytes | Iterable[bytes]) -> None:
     """Replace a file by new content, durably: after a crash it holds the old content or the new.
+
+    Args:
+        path: file to write.
+        data: the content, or pieces of it, which need not be in memory at once.
 
     Raises:
         UserError: The disk is full; nothing is left of the new content.
@@ -104,30 +113,32 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     with full_disk_as_error(path):
         try:
             with open(writing, "wb") as file:
-                file.write(data)
+                file.writelines((data,) if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(writing, path)
-        except OSError:
+        except BaseException:
             writing.unlink(missing_ok=True)
             raise
         fsync_directory(path.parent)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """``atomic_write_bytes`` of UTF-8 text."""
-    atomic_write_bytes(path, text.encode())
+    """``atomic_write_bytes`` of UTF-8 text; of a file name that is none, what is not becomes a backslash escape."""
+    atomic_write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Append one line, durably.
+    """Append one line, durably; what a crash has left of another at the end is cut off before.
 
     Raises:
         UserError: The disk is full; nothing is left of the line.
     """
-    path, data = Path(path), f"{line}\n".encode()
-    with full_disk_as_error(path), open(path, "ab", buffering=0) as file:
-        before = file.tell()
+    # In JSON the escape of what is no Unicode means just that, so that it is read back as it was.
+    path, data = Path(path), f"{line}\n".encode(errors="backslashreplace")
+    with full_disk_as_error(path), open(path, "a+b", buffering=0) as file:
+        before = _end_of_lines(file)
+        file.truncate(before)
         try:
             if file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -135,6 +146,19 @@ def append_line(path: str | Path, line: str) -> None:
         except OSError:
             file.truncate(before)
             raise
+
+
+def _end_of_lines(file: IO[bytes]) -> int:
+    """Where the last complete line of a file ends."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - 65_536)
+        file.seek(begin)
+        found = file.read(end - begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        end = begin
+    return 0
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -150,20 +174,78 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(clean(value), indent=indent, ensure_ascii=False)
 
 
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read, on one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        error = ValueError(": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"]))))
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def read_json(
+    path: Path, kind: Any = dict[str, Any], *, remedy: str, check: Callable[[Any], None] = lambda content: None
+) -> Any:
+    """Content of a JSON file of a run.
+
+    Args:
+        path: of the file.
+        kind: type of the content, such as a TypedDict.
+        remedy: what to do if it is damaged.
+        check: raises ValueError for content of that type which does not fit together.
+
+    Raises:
+        UserError: The file cannot be read, is no JSON, or holds something else; the line ends with ``remedy``.
+    """
+    try:
+        content = _adapter(kind).validate_json(path.read_bytes())
+        check(content)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({reason_of(error)}); {remedy}") from error
+    return content
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+class _Epoch(TypedDict):
+    """A row of metrics.jsonl, which may hold more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    epoch: int
+    lr: float | None
+    train: dict[str, int | float | None]
+    val: dict[str, int | float | None] | None
+    seconds: float
+    images_per_second: NotRequired[float | None]
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, one an epoch; [] if there is none. A last line cut off by a crash is left out."""
-    path = Path(path)
+    """Rows of a metrics.jsonl, one an epoch; [] if there is none. A last line cut off by a crash is left out.
+
+    Raises:
+        UserError: Another line is damaged.
+    """
+    path, rows = Path(path), []
     if not path.exists():
         return []
-    *lines, tail = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    *lines, tail = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows += [_adapter(_Epoch).validate_json(line)] if line else []
+        except ValueError as error:
+            reason = f"line {number}: damaged ({reason_of(error)})"
+            raise UserError(f"{path}, {reason}; delete that line, the curves will lack its epoch") from error
+    return rows
 
 
 def truncate_metrics(path: str | Path, rows: int) -> None:
     """Keep the first rows of a metrics.jsonl, as they are."""
     path = Path(path)
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    atomic_write_text(path, "".join(f"{line}\n" for line in lines[:rows]))
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    atomic_write_bytes(path, (line + b"\n" for line in lines[:rows]))
 
 
 def describe_environment(*, device: torch.device, processes: int, command: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What ``vision-gates score`` does: compare masks in files with the truth in files."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from vision_gates.datasets.base import few
+from vision_gates.engine.segment_journal import JOURNAL, read_class_names
 from vision_gates.errors import ConfigError, DataError
 from vision_gates.volumes.reading import VOLUME_SUFFIXES, read_labels, stem
 from vision_gates.volumes.scoring import Summary, score_case, summarise, write_scores
@@ -26,7 +26,7 @@ def score_files(
     """Score a mask, or every mask in a folder, against the truth of the same name.
 
     Args:
-        prediction: a file, or a folder of them; of a folder's segment.json the names of the labels are taken.
+        prediction: a file, or a folder of them; of its segment.jsonl the names of the labels are taken.
         truth: a file, or a folder with a file of the same case for each.
         names: of the labels from 0 on, background first; by default "label 1" and so on.
         tolerance_mm: of the normalised surface Dice.
@@ -89,11 +89,5 @@ def _pairs(prediction: Path, truth: Path) -> dict[str, tuple[Path, Path]]:
 
 def _written_names(prediction: Path) -> tuple[str, ...]:
     """The names that ``segment`` left beside its masks."""
-    whole = prediction.is_dir()
-    beside = prediction / "segment.json" if whole else prediction.parent / f"{stem(prediction)}_segment.json"
-    if not beside.is_file():
-        return ()
-    try:
-        return tuple(map(str, json.loads(beside.read_text(encoding="utf-8"))["class_names"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{beside}: damaged ({error}); give names=background,...") from error
+    beside = prediction / JOURNAL if prediction.is_dir() else prediction.parent / f"{stem(prediction)}_{JOURNAL}"
+    return read_class_names(beside) if beside.is_file() else ()

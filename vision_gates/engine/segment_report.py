@@ -6,8 +6,9 @@ Pictures are in radiological orientation, see slices.py. Suffix HW: rows and col
 import hashlib
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,9 @@ _PICTURE_BYTES = 240_000
 _MASK_SIDE = 384  # masks stay sharp where pictures shrink: they are small files anyway
 _FEW_LABELS, _MANY_LABELS = 8, 24  # named in one line, shown in an open table
 
+_HEAD = re.compile(r'<section class="case" id="([^"]+)"><h2>(.*?)</h2>', re.DOTALL)
+_HEAD_CHARACTERS = 8192  # more than it has: the name of a file is short, escaped too
+
 _STYLE_MORE = """
 .alert{border-left:4px solid var(--warn);background:var(--card);border-radius:6px;padding:10px 16px;margin:0 0 20px}
 nav{columns:220px;column-gap:28px}nav a{display:block;overflow-wrap:anywhere;break-inside:avoid}
@@ -59,25 +63,31 @@ def _valid(text: str) -> str:
 # ---------------------------------------------------------------- page
 
 
-def page(sections: Sequence[str], *, title: str) -> str:
-    """One self-contained page, light or dark as the reader's system is.
+def page(sections: Sequence[Path], *, title: str) -> Iterator[str]:
+    """One self-contained page in pieces, of which no more than one case is in memory; light or dark as the system is.
 
     Args:
-        sections: from `case_section`.
+        sections: UTF-8 files with what `case_section` gave.
         title: headline, plain text.
     """
-    heads = [re.search(r'<section class="case" id="([^"]+)"><h2>(.*?)</h2>', s, re.DOTALL) for s in sections]
-    links = "".join(f'<a href="#{head[1]}">{head[2]}</a>' for head in heads if head)
-    nav = f"<section><nav>{links}</nav></section>" if len(sections) > 1 else ""
-    return (
+    yield (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width,initial-scale=1"><title>{_text(title)} - vision_gates</title>'
         f"<style>{PAGE_STYLE}{_STYLE_MORE}</style></head><body><main><header><div><h1>{_text(title)}</h1>"
         f'<div class="soft">{how_many(len(sections), "case")}</div></div></header>'
         '<p class="alert">These are predictions of a network, not a diagnosis. Somebody qualified has to check them '
-        f"before anything is concluded from them.</p>{nav}{''.join(sections)}"
-        "<footer>Made by vision_gates</footer></main></body></html>\n"
+        "before anything is concluded from them.</p>"
     )
+    if len(sections) > 1:
+        yield "<section><nav>"
+        for section in sections:
+            with open(section, encoding="utf-8", errors="replace") as file:
+                head = _HEAD.search(file.read(_HEAD_CHARACTERS))
+            yield f'<a href="#{head[1]}">{head[2]}</a>' if head else ""
+        yield "</nav></section>"
+    for section in sections:
+        yield section.read_text(encoding="utf-8", errors="replace")
+    yield "<footer>Made by vision_gates</footer></main></body></html>\n"
 
 
 def case_section(

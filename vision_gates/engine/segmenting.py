@@ -1,12 +1,9 @@
 """What ``vision-gates segment`` does: label volumes from files with a trained run, on the grids of the files.
 
-Cases are done one after the other; each result is written at once and whole, and noted in ``segment.json`` after that,
-so that the same command goes on where it was stopped.
+Cases are done one after the other; each result is written at once and whole, and noted in ``segment.jsonl`` after that
+(segment_journal.py), so that the same command goes on where it was stopped.
 """
 
-import csv
-import io
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +23,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from vision_gates.datasets.base import few, how_many
 from vision_gates.engine.building import RunInfo, load_run
 from vision_gates.engine.evaluation import load_best
-from vision_gates.engine.run_directory import RunDirectory, atomic_write_text, to_json
+from vision_gates.engine.run_directory import RunDirectory, atomic_write_bytes, atomic_write_text
+from vision_gates.engine.segment_journal import Journal
 from vision_gates.engine.state import machine_errors
 from vision_gates.engine.volume_data import VolumePredictor
 from vision_gates.errors import ConfigError, DataError, UserError
@@ -93,7 +91,7 @@ def segment(
 
     Returns:
         The masks, those that were there before included. Beside them are ``volumes.csv`` (ml a label and case),
-        ``segment.json`` and, with ``report``, ``report.html``; beside a single mask they begin with its name.
+        ``segment.jsonl`` and, with ``report``, ``report.html``; beside a single mask they begin with its name.
 
     Raises:
         UserError: an input, the run or an option that cannot be used; results of the cases before it stay.
@@ -105,9 +103,15 @@ def segment(
     if info.segments is None:
         raise ConfigError(f"{run_dir}: was trained on images; a run trained on volumes (data.type=volumes) is needed")
     cases, folder, prefix = find_inputs(source, out, options, channels=len(info.segments.channel_names))
-    done = _Journal(folder, prefix, run_dir, info, options)
+    run = Path(run_dir).resolve()
+    about = {
+        "run": str(run),
+        "options": options.model_dump(mode="json", include={"mirror", "overlap", "precision", "format", "series"}),
+    }
+    renew = [case.name for case in cases] if options.overwrite else None
+    journal = Journal(folder, prefix, about=about, class_names=info.class_names, renew=renew)
     for case in cases:
-        if case.out.exists() and case.name not in done.begun and not options.overwrite:
+        if case.out.exists() and not journal.begun(case.name):
             raise UserError(f"{case.out}: exists and is no result of this run; choose another OUT, or overwrite=true")
         if case.out.name.lower().endswith(_DICOM):
             if any(path.is_file() for path in case.images):
@@ -118,17 +122,36 @@ def segment(
     predictor, origin = checkpoint.load()
     console.print(f"{how_many(len(cases), 'case')}, {checkpoint.model} from {origin}", markup=False)
     for number, case in enumerate(cases, start=1):
-        if done.has(case) and not options.overwrite:
+        if journal.done(case.name, case.out):
             console.print(f"{number}/{len(cases)} {case.name}: done before", markup=False)
             continue
         title = f"{number}/{len(cases)} {case.name}"
-        begin = partial(done.begin, case.name)
+        begin = partial(journal.begin, case.name)
         with machine_errors(case.out, lower="use batch_size=1, precision=bf16 or device=cpu, or a larger machine"):
-            done.add(case.name, *_segment_case(case, predictor, checkpoint, options, console, title, begin))
-    console.print(f"volumes: {done.path('volumes.csv')}", markup=False)
+            row, section = _segment_case(case, predictor, checkpoint, options, console, title, begin)
+            if section is not None:
+                _section_file(journal, case).parent.mkdir(parents=True, exist_ok=True)
+                atomic_write_text(_section_file(journal, case), section)
+            journal.add(case.name, row)
+    console.print(f"volumes: {journal.finish()}", markup=False)
     if options.report:
-        console.print(f"report: {done.write_report([case.name for case in cases])}", markup=False)
+        console.print(f"report: {_write_report(journal, cases, run.name)}", markup=False)
     return [case.out for case in cases]
+
+
+def _section_file(journal: Journal, case: _Case) -> Path:
+    """Where a case's part of the report is kept."""
+    return journal.path("report_parts") / f"{case.name}.html"
+
+
+def _write_report(journal: Journal, cases: Sequence[_Case], run: str) -> Path:
+    """One page of all cases that have pictures."""
+    from vision_gates.engine.segment_report import page
+
+    sections = [file for file in (_section_file(journal, case) for case in cases) if file.is_file()]
+    path = journal.path("report.html")
+    atomic_write_bytes(path, (part.encode() for part in page(sections, title=f"Segmentation by {run}")))
+    return path
 
 
 def find_inputs(
@@ -335,74 +358,3 @@ def _autocast(precision: str, device: torch.device) -> AbstractContextManager[An
     if precision == "no":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-class _Journal:
-    """What is done already, in files that are complete at any moment."""
-
-    def __init__(self, folder: Path, prefix: str, run_dir: str | Path, info: RunInfo, options: SegmentOptions) -> None:
-        self._folder, self._prefix, self._names = folder, prefix, info.class_names
-        self._about: dict[str, Any] = {
-            "run": str(Path(run_dir).resolve()),
-            "options": options.model_dump(mode="json", include={"mirror", "overlap", "precision", "format", "series"}),
-        }
-        self.rows: dict[str, dict[str, Any]] = {}
-        self.begun: set[str] = set()  # whose masks are this run's, though it may have been stopped before it said so
-        path = self.path("segment.json")
-        if path.is_file() and not options.overwrite:
-            try:
-                before = json.loads(path.read_text(encoding="utf-8"))
-                about, self.rows, self.begun = before["about"], dict(before["cases"]), set(before["begun"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}: damaged ({error}); delete it, or use overwrite=true") from error
-            if about != self._about:
-                raise UserError(
-                    f"{path}: the results there are of another run or other options ({about.get('run')}); choose "
-                    "another OUT, or use overwrite=true"
-                )
-
-    def path(self, name: str) -> Path:
-        """A file beside the masks."""
-        return self._folder / f"{self._prefix}{name}"
-
-    def section(self, case: str) -> Path:
-        """Where the case's part of the report is kept."""
-        return self.path("report_parts") / f"{case}.html"
-
-    def has(self, case: _Case) -> bool:
-        """Whether a case is done: noted, and its mask still there if there was one."""
-        row = self.rows.get(case.name)
-        return row is not None and (row["mask"] is None or case.out.exists())
-
-    def begin(self, case: str) -> None:
-        """Note a case whose mask is about to be written."""
-        self.begun.add(case)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._write()
-
-    def add(self, case: str, row: dict[str, Any], section: str | None) -> None:
-        """Note a finished case, and write the table anew."""
-        self.rows[case] = row
-        if section is not None:
-            self.section(case).parent.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(self.section(case), section)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["case", *(f"{name}_ml" for name in self._names[1:])])
-        for name, values in sorted(self.rows.items()):
-            writer.writerow([name, *(f"{ml:.3f}" for ml in values["ml"][1 : len(self._names)])])
-        atomic_write_text(self.path("volumes.csv"), text.getvalue())
-        self._write()
-
-    def _write(self) -> None:
-        content = {"about": self._about, "class_names": list(self._names), "begun": sorted(self.begun)}
-        atomic_write_text(self.path("segment.json"), to_json(content | {"cases": self.rows}, indent=1) + "\n")
-
-    def write_report(self, cases: Sequence[str]) -> Path:
-        """One page of all cases that have pictures."""
-        from vision_gates.engine.segment_report import page
-
-        sections = [self.section(case).read_text(encoding="utf-8") for case in cases if self.section(case).is_file()]
-        path = self.path("report.html")
-        atomic_write_text(path, page(sections, title=f"Segmentation by {Path(self._about['run']).name}"))
-        return path

@@ -6,7 +6,6 @@ reader of the files would measure on the masks that ``vision-gates segment`` wri
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from vision_gates.config import RunConfig
@@ -23,7 +21,8 @@ from vision_gates.datasets.volumes import Config, VolumeSplits
 from vision_gates.datasets.volumes.layouts import Case, patients_of
 from vision_gates.engine.building import RunInfo
 from vision_gates.engine.data import Loader
-from vision_gates.engine.run_directory import RunDirectory, atomic_write_text, to_json
+from vision_gates.engine.run_directory import RunDirectory, atomic_write_text, read_json, reason_of, to_json
+from vision_gates.engine.run_files import check_row, read_config
 from vision_gates.errors import ConfigError, DataError, UserError
 from vision_gates.volumes.cache import CachedCase
 from vision_gates.volumes.preprocessing import restore_labels
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["CaseScorer", "Folds", "Scores", "build_scorer", "read_summary", "score_table", "summarise_runs"]
+
+LESIONS = ("lesions_found", "lesions_true", "lesions_predicted", "lesions_false")  # numbers in a row
 
 # What decides who is in which fold; fold itself has to differ.
 _OF_ALL_FOLDS = ("root", "folds", "layout", "groups", "split_seed", "test_fraction")
@@ -139,10 +140,14 @@ def build_scorer(
 
 def read_summary(path: Path) -> Summary:
     """What `write_scores` has written; `UserError` if the file is damaged or of another version."""
-    try:
-        return Summary(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); evaluate the run again") from error
+    summary: Summary = read_json(path, Summary, remedy="evaluate the run again", check=_is_whole)
+    return summary
+
+
+def _is_whole(summary: Summary) -> None:
+    for row in (*summary.per_label, summary.overall):
+        numbers = [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
+        check_row(row, whole=("n", "missed", "false_positives"), numbers=("label", *LESIONS, *numbers))
 
 
 def score_table(summary: Summary, split: str) -> "Table":
@@ -209,13 +214,13 @@ def summarise_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Folds:
             raise ConfigError(f"{run.path} and {other.path} are both data.fold={own['fold']}; give each fold once")
     by_fold = dict(sorted(by_fold.items()))
     summaries = [_validation_of(run) for run in by_fold.values()]
-    cases = _cases_of(by_fold)
+    cases = _cases_of(by_fold, summaries)
     try:
         summary = summarise_folds(summaries)
         names = ("background", *(str(row["name"]) for row in summary.per_label))
         patients = patients_of(list(cases), data[0].get("groups", "auto"))
         all_cases = summarise(cases, class_names=names, patients=dict(zip(cases, patients, strict=True)))
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # of a label that the other runs do not have, too
         raise ConfigError(f"{few([str(run.path) for run in runs])}: {error}") from error
     notes = []
     missing = [str(fold) for fold in range(data[0]["folds"]) if fold not in by_fold]
@@ -248,11 +253,8 @@ def summarise_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Folds:
 
 def _data_of(run: RunDirectory) -> dict[str, Any]:
     """The section ``data`` of a run that is a fold."""
-    if not run.config.is_file():
-        raise UserError(f"{run.path}: not a run directory (it has no config.yaml)")
-    # As it stands, not through load_config: the data need not be on this machine.
-    data: dict[str, Any] = yaml.safe_load(run.config.read_text(encoding="utf-8"))["data"]
-    is_fold = data["type"] == "volumes" and data.get("folds") is not None and data.get("fold") != "all"
+    data: dict[str, Any] = read_config(run)["data"]
+    is_fold = data["type"] == "volumes" and isinstance(data.get("folds"), int) and isinstance(data.get("fold"), int)
     if not is_fold or data.get("val") or data.get("test"):
         raise ConfigError(
             f"{run.path}: no fold of a cross-validation; that is a run with data.type=volumes, data.folds and data.fold"
@@ -267,25 +269,28 @@ def _validation_of(run: RunDirectory) -> Summary:
     return read_summary(path)
 
 
-def _cases_of(runs: Mapping[int, RunDirectory]) -> dict[str, list[dict[str, Any]]]:
+def _cases_of(runs: Mapping[int, RunDirectory], summaries: Sequence[Summary]) -> dict[str, list[dict[str, Any]]]:
     """The rows of each validated case, as `score_case` gave them; `UserError` for a file that is damaged.
 
     No case may have been validated on twice: then the files have changed between the runs.
     """
     cases: dict[str, list[dict[str, Any]]] = {}
     owner: dict[str, int] = {}
-    for fold, run in runs.items():
+    for (fold, run), summary in zip(runs.items(), summaries, strict=True):
         path = run.evaluation / "val_cases.csv"
         try:
             with open(path, encoding="utf-8", newline="") as file:
                 rows = [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
             names = [str(row.pop("case")) for row in rows]
+            if len(set(names)) != summary.cases:
+                raise ValueError(f"it has {how_many(len(set(names)), 'case')}, val_summary.json {summary.cases}")
             for row in rows:
-                read = {key: row[key] for key in ("label", "status", "tolerance_mm", *METRICS)}
-                if None in (read["label"], read["status"], read["tolerance_mm"]):
+                read = {key: row[key] for key in ("label", "status", "tolerance_mm", *METRICS, *LESIONS)}
+                counts = [read[key] for key in LESIONS if read["status"] != "absent"]
+                if None in (read["label"], read["status"], read["tolerance_mm"], *counts) or read["label"] < 1:
                     raise ValueError("a line is not complete")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); evaluate the run again") from error
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            raise UserError(f"{path}: cannot be read ({reason_of(error)}); evaluate the run again") from error
         for name, row in zip(names, rows, strict=True):
             first = owner.setdefault(name, fold)
             if first != fold:
