@@ -32,15 +32,21 @@ class TestSegmenter:
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 
-    def test_compiles_and_exports(self, encoder, decoder):
-        model = create_segmenter(encoder, decoder={"type": decoder}, num_classes=3).eval()
-        image = torch.randn(1, 3, 64, 64)
-        with torch.no_grad():
-            expected = model(image)
-            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(image)
-            torch.testing.assert_close(compiled, expected, rtol=1e-3, atol=1e-4)
-            exported = torch.export.export(model, (image,)).module()(image)
-            torch.testing.assert_close(exported, expected, rtol=1e-3, atol=1e-4)
+
+@pytest.mark.parametrize(("encoder", "options"), [("vg_vig_atto", dict(depth=4)), ("test_convnext", {})])
+@pytest.mark.parametrize("decoder", available_decoders())
+def test_compiles_and_exports(encoder, options, decoder):
+    """On levels of one stride and of several; encoders by themselves are the contract test's."""
+    if decoder == "mmseg":
+        pytest.importorskip("mmseg", reason="mmsegmentation is not installed: pip install 'vision-gates[mmseg]'")
+    model = create_segmenter(encoder, decoder={"type": decoder}, num_classes=3, **options).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(image)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(image)
+        torch.testing.assert_close(compiled, expected, rtol=1e-3, atol=1e-4)
+        exported = torch.export.export(model, (image,)).module()(image)
+        torch.testing.assert_close(exported, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("encoder", ["vg_vig_h_atto", "vg_vig_atto"])

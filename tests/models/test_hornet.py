@@ -161,20 +161,6 @@ def test_whole_network_in_half_precision():
     assert (mixed.double() - single.double()).abs().max() < 0.1 * single.abs().max()
 
 
-def test_global_filters_in_onnx(tmp_path):
-    """The contract test converts the smallest network of a class alone, which has none."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="the [export] extra is not installed")
-    model = timm.create_model("vg_hornet_tiny_gf", depths=(1, 1, 1, 1), layer_scale=1.0, num_classes=3).eval()
-    image, path = torch.randn(3, 3, 64, 97), tmp_path / "model.onnx"
-    with torch.no_grad():
-        expected = model(image)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    torch.onnx.export(model, (image[:2],), path, dynamic_shapes=({0: batch},), optimize=False, verbose=False)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (result,) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
-    assert (torch.from_numpy(result) - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (33, 97)])
 def test_any_size(size):
     model = timm.create_model("vg_hornet_tiny_gf", depths=(1, 1, 1, 1), num_classes=4).eval()

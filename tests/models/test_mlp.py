@@ -1,5 +1,7 @@
 """The MLP that keeps one wide result less: timm's values and gradients, and what it keeps."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -92,11 +94,13 @@ def test_training_keeps_the_wide_result_once() -> None:
     assert _saved_elements(lambda: lean(x)) == _saved_elements(lambda: plain(x))
 
 
-@pytest.mark.parametrize("name", ["vg_convit_atto", "vg_hornet_atto"])
+@pytest.mark.parametrize(
+    ("name", "depth"), [("vg_convit_atto", dict(depth=2, local_depth=1)), ("vg_hornet_atto", dict(depths=(1, 1, 2, 1)))]
+)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_inside_a_checkpointed_block(name: str, compiled: bool) -> None:
+def test_inside_a_checkpointed_block(name: str, depth: dict[str, Any], compiled: bool) -> None:
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=3).double().train()
+    model = timm.create_model(name, num_classes=3, **depth).double().train()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     gradients = []
     for checkpointing in (False, True):
