@@ -1,6 +1,8 @@
 """Shared by all tests: a fixed seed, and the place of optional development data."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 # The first update check or hub call of a library would make the tests depend on a network.
@@ -21,6 +23,16 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget():
+    """What torch.compile keeps, and what the garbage collector would look through again in every later test."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ import copy
 import functools
 import inspect
 import math
+import re
+from typing import Any
 
 import pytest
 import timm
@@ -15,6 +17,7 @@ import vision_gates  # noqa: F401  registers the models
 
 MODELS = timm.list_models("vg_*")
 SIZE = (32, 64)
+SIZES = ["atto", "tiny", "small", "base", "large"]
 
 
 @functools.cache
@@ -58,6 +61,18 @@ def _smallest_of_each_class() -> set[str]:
 
 
 SMALLEST_OF_EACH_CLASS = _smallest_of_each_class()
+
+
+def _once_a_kind() -> list[Any]:
+    """All models; those that a smaller one of the same kind stands for, whose graph they share, are slow tests."""
+    kinds: set[str] = set()
+    names = sorted(MODELS, key=lambda name: SIZES.index(re.findall("|".join(SIZES), name)[0]))
+    parameters = []
+    for name in names:
+        kind = re.sub("_(?:" + "|".join(SIZES) + ")", "", name)
+        parameters.append(pytest.param(name, marks=pytest.mark.slow) if kind in kinds else name)
+        kinds.add(kind)
+    return parameters
 
 
 def image(batch: int = 2, channels: int = 3, size: tuple[int, int] = SIZE) -> Tensor:
@@ -205,37 +220,6 @@ class TestModelContract:
             assert relative_error(half.double(), exact) < 0.1
             assert relative_error(mixed.double(), exact) < 0.1
 
-    def test_compiles_whole_and_equals_eager(self, name):
-        model = small(name, num_classes=3).train()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        results = []
-        for run in (model, compiled):
-            model.zero_grad()
-            logits = run(image())
-            logits.square().sum().backward()
-            results.append((logits.detach(), {key: p.grad.clone() for key, p in model.named_parameters()}))
-        (logits, gradients), (compiled_logits, compiled_gradients) = results
-        assert relative_error(compiled_logits, logits) < 1e-4
-        for key, gradient in gradients.items():
-            assert relative_error(compiled_gradients[key], gradient) < 1e-3, key
-
-    def test_exports(self, name, tmp_path):
-        model = small(name, num_classes=3).eval()
-        batch = torch.export.Dim("batch", min=1, max=64)
-        program = torch.export.export(model, (image(),), dynamic_shapes=({0: batch},))
-        with torch.no_grad():
-            expected = model(image(3))
-            assert relative_error(program.module()(image(3)), expected) < 1e-4
-        if name not in SMALLEST_OF_EACH_CLASS:
-            return  # the sizes of a family share their graph, and ONNX conversion is slow
-        onnxruntime = pytest.importorskip("onnxruntime", reason="the [export] extra is not installed")
-        path = tmp_path / "model.onnx"
-        # ONNX Runtime optimises on its own when it loads.
-        torch.onnx.export(program, (image(),), path, external_data=False, optimize=False, verbose=False)
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        (result,) = session.run(None, {session.get_inputs()[0].name: image(3).numpy()})
-        assert relative_error(torch.from_numpy(result), expected) < 1e-4
-
     def test_pretrained_cfg(self, name):
         with torch.device("meta"):
             model = timm.create_model(name)
@@ -271,3 +255,43 @@ class TestModelContract:
             torch.testing.assert_close(loaded(image()), source(image()))
             grey = small(name, pretrained=True, in_chans=1, num_classes=2).eval()
             assert grey(image(channels=1)).shape == (2, 2)
+
+
+@pytest.mark.parametrize("name", _once_a_kind())
+class TestModelCompilation:
+    def test_compiles_whole_and_equals_eager(self, name):
+        model = small(name, num_classes=3).train()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        results = []
+        for run in (model, compiled):
+            model.zero_grad()
+            logits = run(image())
+            logits.square().sum().backward()
+            results.append((logits.detach(), {key: p.grad.clone() for key, p in model.named_parameters()}))
+        (logits, gradients), (compiled_logits, compiled_gradients) = results
+        assert relative_error(compiled_logits, logits) < 1e-4
+        for key, gradient in gradients.items():
+            assert relative_error(compiled_gradients[key], gradient) < 1e-3, key
+
+    def test_exports(self, name):
+        model = small(name, num_classes=3).eval()
+        batch = torch.export.Dim("batch", min=1, max=64)
+        program = torch.export.export(model, (image(),), dynamic_shapes=({0: batch},))
+        with torch.no_grad():
+            assert relative_error(program.module()(image(3)), model(image(3))) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(SMALLEST_OF_EACH_CLASS))
+def test_onnx_without_our_exporter(name, tmp_path):
+    """PyTorch's alone, as others call it; ``tests/export`` has ours."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the [export] extra is not installed")
+    model, path = small(name, num_classes=3).eval(), tmp_path / "model.onnx"
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (image(),), dynamic_shapes=({0: batch},))
+    # ONNX Runtime optimises on its own when it loads.
+    torch.onnx.export(program, (image(),), path, external_data=False, optimize=False, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {session.get_inputs()[0].name: image(3).numpy()})
+    with torch.no_grad():
+        assert relative_error(torch.from_numpy(result), model(image(3))) < 1e-4
