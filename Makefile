@@ -30,10 +30,10 @@ demo: $(INSTALLED)  ## train a segmenter on real MRI slices (about 4 minutes on 
 	$(BIN)/python tools/score.py runs/demo/volume/mask.nii.gz runs/demo/volume/mni152_labels.nii.gz
 
 test: $(INSTALLED) lint  ## check style and types, run every test that needs no GPU; slow ones apart
-	$(BIN)/python -m pytest -m "not gpu and not slow" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n $(JOBS) --dist worksteal
 
 test-slow: $(INSTALLED)  ## run the tests that take minutes each
-	$(BIN)/python -m pytest -m "slow and not gpu" -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "slow and not gpu" -n $(JOBS) --dist worksteal
 
 test-gpu: $(INSTALLED)  ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

@@ -35,6 +35,11 @@ def _forget():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    """Let extension modules find their objects gone when the process ends; else some list them as leaked."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def golden_folder() -> Path:
     """Runs of the official implementations; ``$VISION_GATES_TEST_DATA/../golden`` or beside the checkout."""

@@ -136,7 +136,7 @@ class Recorder:
         found, seconds = self._pattern.search(text), time.perf_counter() - self._began
         if found and seconds - self._latest >= self.every:
             sample = Sample.take(self.part, seconds=seconds, step=int(found[1]))
-            self._latest = sample.seconds
+            self._latest = seconds  # not the sample's, which are rounded, up as well
             self._numbers.extend(getattr(sample, name) for name in _COLUMNS)
             self._save(sample)
         return len(text)
