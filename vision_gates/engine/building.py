@@ -24,6 +24,7 @@ from vision_gates.datasets.preflight import Statistics
 from vision_gates.engine.checkpoint import find_weights
 from vision_gates.engine.data import EvalBatches, ImageDataset, Loader, TrainBatches
 from vision_gates.engine.run_directory import RunDirectory, read_json
+from vision_gates.engine.run_files import COPY_REMEDY
 from vision_gates.engine.volume_data import VolumeInfo, VolumePredictor
 from vision_gates.engine.volume_preparation import build_volume_dataset
 from vision_gates.errors import ConfigError, UserError
@@ -351,7 +352,7 @@ def load_run(run_dir: str | Path, overrides: list[str] | None = None) -> tuple[R
     if not run.config.is_file() or not run.info.is_file():
         raise ConfigError(f"{run.path}: is no run directory (config.yaml or run.json is missing)")
     try:
-        info: RunInfo = read_json(run.info, RunInfo, remedy="put a copy of it there, or train anew")
+        info: RunInfo = read_json(run.info, RunInfo, remedy=COPY_REMEDY)
     except UserError as error:
         raise ConfigError(str(error)) from error
     return load_config(run.config, overrides or []), info

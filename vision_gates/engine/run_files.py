@@ -14,6 +14,7 @@ from vision_gates.errors import UserError
 
 __all__ = [
     "CLASS_COLUMNS",
+    "COPY_REMEDY",
     "Environment",
     "Evaluation",
     "Learnt",
@@ -32,6 +33,9 @@ CLASS_COLUMNS = {
     "classification": ("recall", "precision", "f1", "auc", "n"),
 }
 """Columns of the per-class table of a task."""
+
+COPY_REMEDY = "put a copy of it there, or train anew"
+"""For a file that only its run could write."""
 
 _OPEN = ConfigDict(extra="allow")  # a later version may write more
 
@@ -122,7 +126,7 @@ def read_learnt(run: RunDirectory) -> Learnt | None:
     Raises:
         UserError: The file is damaged.
     """
-    return read_json(run.info, Learnt, remedy=_COPY) if run.info.is_file() else None
+    return read_json(run.info, Learnt, remedy=COPY_REMEDY) if run.info.is_file() else None
 
 
 def read_environment(run: RunDirectory) -> Environment:
@@ -133,9 +137,6 @@ def read_environment(run: RunDirectory) -> Environment:
     """
     remedy = "delete it: only the report shows it"
     return read_json(run.environment, Environment, remedy=remedy) if run.environment.is_file() else {}
-
-
-_COPY = "put a copy of it there, or train anew"
 
 
 class _Task(TypedDict):
@@ -198,4 +199,4 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
         content = yaml.safe_load(run.config.read_text(encoding="utf-8"))
         return dict(TypeAdapter(_Config).validate_python(content))
     except Exception as error:  # of YAML's constructors, too, as of a date without such a day
-        raise UserError(f"{run.config}: damaged ({reason_of(error)}); {_COPY}") from error
+        raise UserError(f"{run.config}: damaged ({reason_of(error)}); {COPY_REMEDY}") from error
