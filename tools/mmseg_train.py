@@ -5,10 +5,13 @@ mmsegmentation's own tools/train.py with vision_gates importable from a checkout
 
 import argparse
 import os
+import pickle
 import sys
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # see tools/train.py
+if "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ:  # mmengine would load once more without weights_only
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 from vision_gates.errors import ConfigError, UserError  # noqa: E402
@@ -39,7 +42,14 @@ def main() -> None:
     config.work_dir = options.work_dir or config.get("work_dir") or f"runs/mmseg/{Path(options.config).stem}"
     config.load_from = options.test or config.get("load_from")
     runner = Runner.from_cfg(config)
-    runner.test() if options.test else runner.train()
+    try:
+        runner.test() if options.test else runner.train()
+    except pickle.UnpicklingError as error:
+        where = config.load_from or f"{config.work_dir}: the last checkpoint"
+        raise ConfigError(
+            f"{where}: not read, as it holds more than weights and numbers and could run code; if you trust it, set "
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Measure training on several GPUs: python tools/scaling.py [key=value ...]
 
 Trains under torchrun on generated JPEG images, once for every number of processes and every kind of parallelism, and
-prints images/s of the whole loop beside one process's. A line's number is the median over the updates of the last two
-of three epochs, without each epoch's first updates, while workers start; data wait is the share of the time that
-training stands still for the next batch.
+prints images/s of the whole loop beside one process's. A line's number is images by time over the last two of three
+epochs, without the first sixth of each, while workers start; data wait is the share of the time that training stands
+still for the next batch.
 
     model=vg_vig_small     a classifier of timm's registry
     size=224               pixels

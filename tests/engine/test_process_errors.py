@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import torch
 
 from vision_gates import cli
 from vision_gates.config import save_config
+from vision_gates.engine.checkpoint import read_checkpoint
 from vision_gates.engine.parallel import is_lost_process
 from vision_gates.errors import UserError
 
@@ -60,6 +63,46 @@ def test_an_image_that_one_process_cannot_read(make_config, images, tmp_path):
     assert len(lines) == 1 and lines[0].startswith("process 1: error: ") and damaged in lines[0], ours
     assert "Traceback" not in ours and "[rank" not in done.stderr
     assert "exitcode  : 2 " in torchrun and "SIGKILL" not in torchrun
+
+
+_SLOW = """
+import sys, time
+from pathlib import Path
+from vision_gates import cli
+from vision_gates.engine.trainer import Trainer
+
+def slow(self):
+    step(self)
+    if self.state.update == 2:
+        Path(sys.argv[2]).touch()
+    time.sleep(0.2)
+
+step, Trainer.step_optimizer = Trainer.step_optimizer, slow
+sys.exit(cli.train(sys.argv[1:2]))
+"""
+
+
+def test_torchrun_passes_a_signal_on(make_config, tmp_path):
+    """It sends SIGTERM to the process groups of those that it has started: data workers must not be in them."""
+    config = make_config("data.workers=1", "schedule.epochs=30")
+    save_config(config, tmp_path / "run.yaml")
+    (tmp_path / "train.py").write_text(_SLOW)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        + [str(tmp_path / name) for name in ("train.py", "run.yaml", "begun")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "begun").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert said.count("trainer.resume=true") == 1 and "error: " not in said.partition("Traceback")[0], said
+    update = int(re.search(r"stopped in epoch \d+ after update (\d+)", said)[1])
+    assert read_checkpoint(Path(config.trainer.run_dir) / "checkpoints", "last").state["place"]["update"] == update >= 2
 
 
 # ---------------------------------------------------------------- the rules

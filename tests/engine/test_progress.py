@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from vision_gates.engine.progress import Display, duration
+from vision_gates.engine.progress import Display, Pace, duration
 from vision_gates.engine.trainer import train
 
 
@@ -37,6 +37,13 @@ def test_markup_in_names_is_text():
     with Display(console=console) as display:
         display.say("class [red]")
     assert "class [red]" in console.file.getvalue()
+
+
+def test_the_pace_is_that_of_all_updates_since_the_last_line():
+    pace = Pace()
+    pace.add(images=10, seconds=1.0, waited=0.5)
+    pace.add(images=10, seconds=3.0, waited=0.5)
+    assert pace.rate() == 5 and pace.waiting() == 0.25
 
 
 def test_duration():

@@ -64,7 +64,8 @@ def small_config(work_dir: Path, **changes) -> Config:
     return config
 
 
-def test_small_one_trains_and_is_read_back(tmp_path):
+def test_small_one_trains_and_is_read_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # without, mmengine loads what fails once more, unsafely
     runner = Runner.from_cfg(small_config(tmp_path / "first"))
     runner.train()
     (rows,) = (tmp_path / "first").glob("*/vis_data/scalars.json")
@@ -85,6 +86,16 @@ def test_small_one_trains_and_is_read_back(tmp_path):
     assert 10 < metrics["mDice"] <= 100
 
 
+class _Code:
+    """A pickle of it makes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def test_tool_ends_in_one_line(tmp_path, monkeypatch):
     config = tmp_path / "bad.py"
     config.write_text(SMALL.read_text().replace("vg_vig_h_atto", "vg_vig_h_ato"))
@@ -100,3 +111,9 @@ def test_tool_ends_in_one_line(tmp_path, monkeypatch):
     assert message.startswith("error: ") and "did you mean 'vg_vig_h_atto'?" in message and "\n" not in message
     assert run(tmp_path / "none.py") == f"error: {tmp_path / 'none.py'}: no such file"
     assert run(SMALL, "--test", "none.pth") == "error: none.pth: no such file"
+
+    torch.save({"state_dict": {}, "meta": _Code(tmp_path / "ran")}, tmp_path / "code.pth")
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # the tool sets it, for good
+    message = run(SMALL, "--test", tmp_path / "code.pth", "--work-dir", tmp_path / "run")
+    assert message.startswith(f"error: {tmp_path / 'code.pth'}: not read, as it holds more than weights")
+    assert not (tmp_path / "ran").exists()

@@ -23,7 +23,8 @@ DEFAULTS = {
     "updates": "60",
     "workers": "",
 }
-_DIFFERENT, _CLASSES, _SKIPPED = 512, 4, 8  # images that differ; the others are links; updates left out of an epoch
+_DIFFERENT, _CLASSES = 512, 4  # images that differ; the others are links
+_PARTS = 6  # of an epoch, whose rates are read; the first, while workers start, is left out
 
 
 def draw(path: Path, size: int, seed: int) -> None:
@@ -54,6 +55,8 @@ def train(folder: Path, options: dict[str, str], overrides: list[str], *, proces
     data, run = folder / f"images{processes}", folder / f"run_{parallel}{processes}"
     if not data.exists():
         make_images(data, size=int(options["size"]), images=processes * int(options["batch"]) * int(options["updates"]))
+    updates = int(options["updates"])
+    part = max(updates // _PARTS, 1)
     workers = options["workers"] or str(max((os.cpu_count() or 2) // processes - 1, 1))
     config = {
         "task": {"type": "classification"},
@@ -61,7 +64,12 @@ def train(folder: Path, options: dict[str, str], overrides: list[str], *, proces
         "model": {"name": options["model"]},
         "augment": {"train": [{"HorizontalFlip": {}}]},
         "schedule": {"epochs": 3},
-        "trainer": {"run_dir": str(run), "log_every": 1, "eval_every": 3, "deterministic": False},
+        "trainer": {
+            "run_dir": str(run),
+            "log_every": part,
+            "eval_every": 3,
+            "deterministic": False,
+        },
     }
     path = folder / f"{run.name}.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
@@ -77,18 +85,17 @@ def train(folder: Path, options: dict[str, str], overrides: list[str], *, proces
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it wonders why a new run purges what is not there
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    updates = int(options["updates"])
     rates = [
         event.value
         for event in events.Scalars("train/images_per_second")
-        if event.step > updates and (event.step - 1) % updates >= _SKIPPED
+        if event.step > updates and (event.step - 1) % updates >= part
     ]
     shown = [line.split(" | ") for line in (run / "log.txt").read_text().splitlines() if "GiB" in line]
     waits = [float(part.removeprefix("data wait ").rstrip("%")) for line in shown for part in line if "wait" in part]
     return {
         "processes": processes,
         "parallel": parallel,
-        "images_per_second": statistics.median(rates),
+        "images_per_second": statistics.harmonic_mean(rates),
         "data_wait": statistics.median(waits),
         "memory": next(part.removesuffix(" GiB") for part in shown[-1] if part.endswith(" GiB")),
         "environment": json.loads((run / "environment.json").read_text()),

@@ -4,6 +4,7 @@ The batch sampler hands (epoch, index) pairs to the data set, so any process can
 with 0, 1 or 4 workers and after a resume in the middle of an epoch.
 """
 
+import os
 import signal
 import threading
 import warnings
@@ -169,8 +170,10 @@ def _collate(samples: list[dict[str, Any] | UserError]) -> dict[str, Any] | User
 
 
 def _start_worker(worker: int) -> None:
-    """One thread a worker (more would fight over the cores), and Ctrl-C is the main process's business."""
+    """One thread a worker (more would fight over the cores), and signals are the main process's business."""
     cv2.setNumThreads(0)
+    if hasattr(os, "setpgid"):  # torchrun passes SIGTERM on to the groups of the processes that it has started
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from vision_gates.engine.run_files import read_evaluation
 from vision_gates.engine.volume_scores import read_summary, score_table
 from vision_gates.metrics import Result
 
-__all__ = ["Display", "duration", "show_result"]
+__all__ = ["Display", "Pace", "duration", "show_result"]
 
 
 class Display:
@@ -126,6 +127,29 @@ class Display:
         assert self.log is not None
         with open(self.log, "a", encoding="utf-8") as file:
             file.write(f"{line}\n")
+
+
+@dataclass
+class Pace:
+    """Of the updates since the last line of the log, whole: one update says little where the GPU is waited for."""
+
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0  # for data
+
+    def add(self, *, images: int, seconds: float, waited: float) -> None:
+        """Another update."""
+        self.images += images
+        self.seconds += seconds
+        self.waited += waited
+
+    def rate(self) -> float:
+        """Images a second."""
+        return self.images / max(self.seconds, 1e-9)
+
+    def waiting(self) -> float:
+        """Share of the time that training stood still for the next batch."""
+        return self.waited / max(self.seconds, 1e-9)
 
 
 def duration(seconds: float) -> str:

@@ -43,7 +43,7 @@ from vision_gates.engine.parallel import (
     shard,
 )
 from vision_gates.engine.preparation import Parts, check_run_directory, is_finished, prepare
-from vision_gates.engine.progress import Display, duration, show_result
+from vision_gates.engine.progress import Display, Pace, duration, show_result
 from vision_gates.engine.report import write_report
 from vision_gates.engine.resuming import restore, save_checkpoint
 from vision_gates.engine.run_directory import (
@@ -157,6 +157,7 @@ class Trainer:
         self.writer: Any = None
         self.last_save = self.began = time.perf_counter()
         self.first_update, self.elapsed_before = 0, 0.0
+        self.pace = Pace()
         self.over = False  # the time that schedule.minutes gives
         self.unread: Update | None = None  # the last update, its loss still on the way from the GPU
         self.buffers_before: list[Tensor] = []  # of the network, where its update is not yet done
@@ -531,7 +532,9 @@ class Trainer:
 
     def _rescue(self) -> None:
         """Save what is done before data that cannot be read, or a dead worker, end the run."""
-        if self.world > 1:  # the other processes know of nothing
+        if self.world > 1:  # the other processes know of nothing, so that what is done cannot be saved
+            if self.stop.requested:
+                raise Interrupted(f"stopped; the last checkpoint in {self.run.path} is intact: trainer.resume=true")
             return
         self._undo_forward()
         self.read_loss()
@@ -545,10 +548,11 @@ class Trainer:
 
     def _show_update(self, values: list[float], update: "Update") -> None:
         state, loss = self.state, sum(values) / len(values)
-        rate = sum(update.sizes) * self.world / max(update.seconds, 1e-9)
+        self.pace.add(images=sum(update.sizes) * self.world, seconds=update.seconds, waited=update.waited)
+        rate, due = self.pace.rate(), update.number % self.config.trainer.log_every == 0
         best = "" if state.best is None else f" | best {self.config.trainer.monitor} {state.best:.4f}"
-        pace = (time.perf_counter() - self.began) / max(update.number - self.first_update, 1)
-        remaining = pace * (self.total_updates - update.number)
+        each = (time.perf_counter() - self.began) / max(update.number - self.first_update, 1)
+        remaining = each * (self.total_updates - update.number)
         if self.config.schedule.minutes is not None:
             remaining = min(remaining, max(60 * self.config.schedule.minutes - self.elapsed(), 0))
         left = duration(remaining)
@@ -556,12 +560,14 @@ class Trainer:
             update=update.number,
             epoch=f"epoch {state.epoch + 1}/{self.config.schedule.epochs}",
             text=f"loss {loss:.4f} | lr {update.lr:.2e}{best} | {rate:.0f} images/s | "
-            f"data wait {update.waited / max(update.seconds, 1e-9):.0%} | "
+            f"data wait {self.pace.waiting():.0%} | "
             f"{peak_memory_gib(self.device):.1f} GiB | {left} left",
         )
-        if self.writer is not None and update.number % self.config.trainer.log_every == 0:
+        if self.writer is not None and due:
             for tag, value in (("loss", loss), ("lr", update.lr), ("images_per_second", rate)):
                 self.writer.add_scalar(f"train/{tag}", value, update.number)
+        if due:
+            self.pace = Pace()
 
     def _show_epoch(self, row: dict[str, Any], improved: bool) -> None:
         scores = {k: v for k, v in (row["val"] or {}).items() if v is not None}

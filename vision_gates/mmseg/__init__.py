@@ -19,6 +19,9 @@ Nothing else in vision_gates imports this package. For mmsegmentation's heads in
 
 import os
 
+import numpy as np
+import torch
+
 import vision_gates  # noqa: F401  (registers the vg_* models)
 from vision_gates.errors import ConfigError
 
@@ -54,3 +57,7 @@ __all__ = [
     "VisionGatesBackbone",
     "VisionGatesDataset",
 ]
+
+# mmengine's checkpoints hold NumPy numbers. Where torch.load(weights_only=True) does not know one of their types,
+# mmengine loads again without it, and whatever code a file holds is run.
+torch.serialization.add_safe_globals([type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OSUVMm"])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from vision_gates.engine import resuming, trainer
@@ -113,9 +114,11 @@ class Process:
         raise TimeoutError(f"no end after {seconds:.0f} s")
 
     def send(self, number: int, *, group: bool = False) -> None:
-        """A signal; to its data workers, too, with ``group``."""
+        """A signal; to its data workers, too, with ``group``, as batch systems send it."""
         if self.pid:
-            (os.killpg if group else os.kill)(self.pid, number)
+            workers = psutil.Process(self.pid).children(recursive=True) if group else []
+            for pid in (self.pid, *(worker.pid for worker in workers)):
+                os.kill(pid, number)
 
     def said(self) -> list[str]:
         """Lines on standard error."""
