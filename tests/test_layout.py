@@ -13,6 +13,7 @@ LAYERS = [
     ("mmseg",),  # a plug-in that configurations of mmsegmentation name; nothing here imports it
     ("tools",),
     ("cli",),
+    ("command_end",),
     ("engine",),
     ("export",),
     ("model_table", "benchmark", "config"),

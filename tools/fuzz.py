@@ -1,6 +1,7 @@
 """Feed hostile files to every reader: python tools/fuzz.py [KIND ...] [count=10000] [seed=0] [out=runs/fuzz]
 
-Kinds: config run checkpoint weights nifti itk dicom image tiff npz overlays layout sidecar (default: all of them).
+Kinds: config run results checkpoint weights nifti itk dicom image tiff npz overlays layout sidecar network (default:
+all of them).
 seeds=DIR takes real files of DIR (below 1 MiB, at most 24 a kind) as further seeds.
 
 Each kind has honest files, hand-made traps (claims of 10^6 x 10^6 voxels, bombs, pickles that run code, paths that

@@ -2,28 +2,19 @@
 
 Each command takes the configuration or run and ``key=value`` overrides, nothing else (segment also ``--checkpoint``,
 score also ``--tolerance``).
-What a user can mend ends in one line on standard error and exit code 2; a run stopped by Ctrl-C or SIGTERM ends with
-130. Of several processes that torchrun started, the first that fails says why, and the others end with it.
+How a command ends, with which line and exit code: command_end.py.
 """
 
-import errno
 import json
 import os
-import re
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from vision_gates.errors import ConfigError, UserError
+from vision_gates.command_end import guard
+from vision_gates.errors import ConfigError
 
 __all__ = ["bench", "evaluate", "export", "folds", "gate_maps", "main", "models", "score", "segment", "train"]
-
-_PATIENCE = 10.0  # seconds that a process has to end by itself when another one has failed
 
 
 def train(argv: Sequence[str]) -> int:
@@ -42,7 +33,7 @@ def train(argv: Sequence[str]) -> int:
         run(load_config(path, overrides), command=["vision-gates", "train", *argv])
         return 0
 
-    return _guard(work, argv, train)
+    return guard(work, argv, train)
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -70,7 +61,7 @@ def evaluate(argv: Sequence[str]) -> int:
         console.print(f"tables: {evaluation.path}\nreport: {evaluation.report}", markup=False)
         return 0
 
-    return _guard(work, argv, evaluate)
+    return guard(work, argv, evaluate)
 
 
 def folds(argv: Sequence[str]) -> int:
@@ -108,7 +99,7 @@ def folds(argv: Sequence[str]) -> int:
         console.print(f"tables: {done.path}", markup=False)
         return 0
 
-    return _guard(work, argv, folds)
+    return guard(work, argv, folds)
 
 
 def export(argv: Sequence[str]) -> int:
@@ -151,7 +142,7 @@ def export(argv: Sequence[str]) -> int:
         )
         return 0
 
-    return _guard(work, argv, export)
+    return guard(work, argv, export)
 
 
 def _export_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -216,7 +207,7 @@ def gate_maps(argv: Sequence[str]) -> int:
         sys.stdout.write(f"gate maps: {out}\n")
         return 0
 
-    return _guard(work, argv, gate_maps)
+    return guard(work, argv, gate_maps)
 
 
 def segment(argv: Sequence[str]) -> int:
@@ -270,7 +261,7 @@ def segment(argv: Sequence[str]) -> int:
         run_segment(paths[0], paths[1], run, options)
         return 0
 
-    return _guard(work, argv, segment)
+    return guard(work, argv, segment)
 
 
 def score(argv: Sequence[str]) -> int:
@@ -299,14 +290,17 @@ def score(argv: Sequence[str]) -> int:
             raise ConfigError(f"tolerance={given}: a number of millimetres is needed") from error
         from rich.console import Console
 
+        from vision_gates.engine.progress import Display
         from vision_gates.engine.score_files import score_files
 
         names = [name.strip() for name in options.get("names", "").split(",") if name.strip()]
-        summary = score_files(paths[0], paths[1], names=names, tolerance_mm=tolerance, out=options.get("out"))
-        Console(highlight=False).print(summary.table())
+        console, out = Console(highlight=False), options.get("out")
+        with Display(console=console).counting("scoring") as progress:
+            summary = score_files(paths[0], paths[1], names=names, tolerance_mm=tolerance, out=out, progress=progress)
+        console.print(summary.table())
         return 0
 
-    return _guard(work, argv, score)
+    return guard(work, argv, score)
 
 
 def _option(argv: Sequence[str], name: str) -> tuple[list[str], str | None]:
@@ -337,7 +331,7 @@ def models(argv: Sequence[str]) -> int:
 
         return run(list(argv))
 
-    return _guard(work, argv, models)
+    return guard(work, argv, models)
 
 
 def bench(argv: Sequence[str]) -> int:
@@ -387,7 +381,7 @@ def bench(argv: Sequence[str]) -> int:
 
         return run(argv)
 
-    return _guard(work, argv, bench)
+    return guard(work, argv, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -420,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(argv[0], list(commands), n=1, cutoff=0.0)[0]
         raise ConfigError(f"there is no command {argv[0]!r}; nearest: {near}; known: {', '.join(commands)}")
 
-    return _guard(work, argv, main)
+    return guard(work, argv, main)
 
 
 def _let_threads_sleep() -> None:
@@ -432,134 +426,6 @@ def _let_threads_sleep() -> None:
     if sys.platform == "linux" and "GOMP_SPINCOUNT" not in os.environ:
         os.environ["GOMP_SPINCOUNT"] = "10000"
         os.execv(sys.executable, [sys.executable, *sys.argv])
-
-
-def _guard(work: Callable[[], int], argv: Sequence[str], command: Callable[..., int]) -> int:
-    """Run a command; turn what a user can mend into one line and an exit code."""
-    if any(text in ("-h", "--help") for text in argv):
-        text = re.sub(r"\n    ", "\n", command.__doc__ or "")
-        sys.stdout.write(text.rstrip() + "\n")
-        return 0
-    try:
-        with _interrupted_by_sigterm(), _ended_with_others():
-            return work()
-    except UserError as error:
-        return _fail(str(error))
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "vision_gates":
-            raise
-        return _fail(f"the package {error.name} is missing: pip install 'vision-gates[train]'")
-    except KeyboardInterrupt:
-        return _stopped("interrupted")
-    except Exception as error:
-        if type(error).__name__ == "Interrupted":  # engine.trainer's, not imported here: it would load torch
-            return _stopped(str(error))
-        fault = _fault_of_machine(error)
-        if fault is None and not _another_has_failed():
-            raise
-        return _fail(fault or "another process has failed")
-
-
-# ---------------------------------------------------------------- several processes
-
-
-def _failure_mark() -> Path | None:
-    """The file that the first process to fail makes, of those that torchrun started on this host; None without it."""
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")  # in .../attempt_0/LOCAL_RANK/, new for every attempt
-    return Path(own).parents[1] / "failed" if own and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-
-
-def _another_has_failed() -> bool:
-    mark = _failure_mark()
-    return mark is not None and mark.exists()
-
-
-def _fail(reason: str) -> int:
-    """Say in one line why a command fails, unless another process has said why it did; the exit code."""
-    rank, mark = int(os.environ.get("RANK", "0")), _failure_mark()
-    if mark is not None:
-        if rank:  # what all of them find, a mistake in the configuration, the first one is to say
-            with suppress(KeyboardInterrupt), _interrupted_by_sigterm():
-                time.sleep(1)
-        try:
-            mark.touch(exist_ok=False)
-        except FileExistsError:
-            return 2
-        except OSError:  # better twice than never
-            pass
-    sys.stderr.write(f"{f'process {rank}: ' if rank else ''}error: {' '.join(reason.split())}\n")
-    return 2
-
-
-def _stopped(where: str) -> int:
-    """Say that a signal ended the command, which all processes got or will get; the exit code."""
-    if os.environ.get("RANK", "0") == "0" and not _another_has_failed():
-        sys.stderr.write(f"{where}\n")
-    return 130
-
-
-@contextmanager
-def _ended_with_others() -> Iterator[None]:
-    """End this process soon after another one has failed.
-
-    It may be waiting for that one inside PyTorch, where no signal reaches Python; torchrun would kill it after 30 s.
-    """
-    mark, over = _failure_mark(), threading.Event()
-
-    def watch() -> None:
-        while not over.wait(1):
-            if _another_has_failed():
-                if not over.wait(_PATIENCE):
-                    os._exit(2)
-                return
-
-    if mark is not None:
-        threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
-
-
-# ---------------------------------------------------------------- signals and machines
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does, its unfinished files removed; training saves its state first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _fault_of_machine(error: Exception) -> str | None:
-    """A full disk, too little memory or a lost process, in one line; None for anything else. Training says more."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; make room and run the same command again"
-    if isinstance(error, (MemoryError, RuntimeError)):
-        from vision_gates.volumes.blending import is_out_of_memory
-
-        if is_out_of_memory(error):
-            return f"out of memory: {' '.join(str(error).split()) or 'the host has too little'}"
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from vision_gates.engine.parallel import is_lost_process
-
-            if is_lost_process(error):
-                return (
-                    "another process has ended, see what it or its host said (SIGKILL, which says nothing, is most "
-                    "likely lack of memory); go on with trainer.resume=true"
-                )
-    return None
 
 
 def _held_out(run: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from vision_gates import cli
+from vision_gates import cli, command_end
 from vision_gates.config import save_config
 from vision_gates.engine.checkpoint import read_checkpoint
 from vision_gates.engine.parallel import is_lost_process
@@ -44,25 +44,31 @@ sys.exit(cli.train(sys.argv[1:2]))
 """
 
 
+def torchrun(folder: Path, script: str, *arguments: str) -> subprocess.Popen[str]:
+    """Two processes of a script in a folder; arguments are names of files in it."""
+    (folder / "train.py").write_text(script)
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        + [str(folder / name) for name in ("train.py", *arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def test_an_image_that_one_process_cannot_read(make_config, images, tmp_path):
     shutil.copytree(images, tmp_path / "images")
     save_config(make_config(f"data.root={tmp_path / 'images'}"), tmp_path / "run.yaml")
-    (tmp_path / "train.py").write_text(_DAMAGE)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        + [str(tmp_path / name) for name in ("train.py", "run.yaml", "damaged.txt")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    ours, _, torchrun = done.stderr.partition("torch/distributed/elastic/")  # what it logs, and the pages of its end
+    process = torchrun(tmp_path, _DAMAGE, "run.yaml", "damaged.txt")
+    said = process.communicate(timeout=120)[1]
+    ours, _, torchruns = said.partition("torch/distributed/elastic/")  # what it logs, and the pages of its end
     lines = [line for line in ours.splitlines() if "error: " in line]
     damaged = (tmp_path / "damaged.txt").read_text()
-    assert done.returncode != 0 and torchrun
+    assert process.returncode != 0 and torchruns
     assert len(lines) == 1 and lines[0].startswith("process 1: error: ") and damaged in lines[0], ours
-    assert "Traceback" not in ours and "[rank" not in done.stderr
-    assert "exitcode  : 2 " in torchrun and "SIGKILL" not in torchrun
+    assert "Traceback" not in ours and "[rank" not in said
+    assert "exitcode  : 2 " in torchruns and "SIGKILL" not in torchruns
 
 
 _SLOW = """
@@ -86,15 +92,7 @@ def test_torchrun_passes_a_signal_on(make_config, tmp_path):
     """It sends SIGTERM to the process groups of those that it has started: data workers must not be in them."""
     config = make_config("data.workers=1", "schedule.epochs=30")
     save_config(config, tmp_path / "run.yaml")
-    (tmp_path / "train.py").write_text(_SLOW)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        + [str(tmp_path / name) for name in ("train.py", "run.yaml", "begun")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = torchrun(tmp_path, _SLOW, "run.yaml", "begun")
     deadline = time.monotonic() + 100
     while not (tmp_path / "begun").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -125,8 +123,8 @@ def guarded(rank: int, world: int, folder: Path, torchrun: bool, work: Callable[
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"TORCHELASTIC_ERROR_FILE": str(own)} if torchrun else {}
     sys.stderr = open(folder / f"said{rank}", "w", buffering=1)  # noqa: SIM115
-    cli._PATIENCE = 1.0
-    sys.exit(cli._guard(work, [], cli.train))
+    command_end._PATIENCE = 1.0
+    sys.exit(command_end.guard(work, [], cli.train))
 
 
 def ends(folder: Path, *works: Callable[[], int], torchrun: bool = True) -> list[tuple[int | None, str]]:

@@ -1,12 +1,14 @@
 """``vision-gates score``: masks in files against the truth in files."""
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from vision_gates.cli import score
+from vision_gates.engine import score_files as score_files_module
 from vision_gates.engine.score_files import score_files
 from vision_gates.errors import ConfigError, DataError
 from vision_gates.volumes.geometry import Geometry
@@ -41,11 +43,34 @@ def test_two_folders(tmp_path: Path) -> None:
         _write(tmp_path / "truth" / f"{name}.mha")
     journal = tmp_path / "masks" / "segment.jsonl"
     journal.write_text(json.dumps({"about": {}, "class_names": ["background", "left", "right"]}) + '\n{"begun": "on')
-    summary = score_files(tmp_path / "masks", tmp_path / "truth")
+    seen = []
+    summary = score_files(tmp_path / "masks", tmp_path / "truth", progress=lambda *done: seen.append(done))
+    assert seen == [(0, 2), (1, 2), (2, 2)]
     assert [row["name"] for row in summary.per_label] == ["left", "right"]
     assert summary.cases == 2 and summary.per_label[0]["dice"] == pytest.approx((1 + 0.5) / 2)
     journal.write_text('{"about": {}}\n')
     with pytest.raises(DataError, match=r"segment\.jsonl, line 1: damaged \(no class_names\); give names="):
+        score_files(tmp_path / "masks", tmp_path / "truth")
+
+
+def test_one_pair_at_a_time_is_in_memory_and_mistakes_come_first(tmp_path: Path, monkeypatch) -> None:
+    for name in ("one", "three", "two"):
+        _write(tmp_path / "masks" / f"{name}.nii.gz")
+        _write(tmp_path / "truth" / f"{name}.nii.gz")
+    read, held, most = score_files_module.read_labels, [], []
+
+    def watched(path):
+        labels = read(path)
+        held.append(weakref.ref(labels.array))
+        most.append(sum(array() is not None for array in held))
+        return labels
+
+    monkeypatch.setattr(score_files_module, "read_labels", watched)
+    assert score_files(tmp_path / "masks", tmp_path / "truth").cases == 3
+    assert len(most) == 12 and max(most) <= 4  # the pair before goes when the next one is there
+    _write(tmp_path / "truth" / "two.nii.gz", geometry=Geometry((8, 8, 8), np.diag([1.0, 1.0, 3.0, 1.0])))
+    monkeypatch.setattr(score_files_module, "score_case", None)
+    with pytest.raises(DataError, match=r"two.nii.gz: not on the grid"):
         score_files(tmp_path / "masks", tmp_path / "truth")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from vision_gates import cli
+from vision_gates.command_end import guard
 from vision_gates.engine.run_directory import append_line, atomic_write_text
 from vision_gates.errors import ConfigError, UserError
 from vision_gates.volumes.blending import label_windows
@@ -127,7 +128,7 @@ def test_what_the_machine_lacks_is_one_line_of_any_command(capsys, error, words)
     def work() -> int:
         raise error
 
-    assert cli._guard(work, [], cli.score) == 2
+    assert guard(work, [], cli.score) == 2
     said = capsys.readouterr().err
     assert said.startswith(words) and said.count("\n") == 1
 
@@ -139,7 +140,7 @@ def test_mistakes_of_the_program_are_not_hidden():
             raise error
 
         with pytest.raises(type(error)):
-            cli._guard(work, [], cli.score)
+            guard(work, [], cli.score)
 
 
 def test_sigterm_ends_a_command_as_ctrl_c_does(capsys):
@@ -152,7 +153,7 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(capsys):
         time.sleep(5)
         raise AssertionError("SIGTERM had no effect")
 
-    assert cli._guard(work, [], cli.score) == 130
+    assert guard(work, [], cli.score) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -29,7 +29,7 @@ pytest.importorskip("pydicom")
 pytest.importorskip("SimpleITK")
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNTS = {"config": 10, "run": 25}  # 50 of all others
+COUNTS = {"config": 10, "run": 25, "results": 25}  # 50 of all others
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def fuzz():
     sys.path[:] = before
 
 
-KINDS = "config run checkpoint weights nifti itk dicom image tiff npz overlays layout sidecar".split()
+KINDS = "config run results checkpoint weights nifti itk dicom image tiff npz overlays layout sidecar network".split()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -29,6 +29,7 @@ __all__ = ["LIMITS", "Recorder", "Sample", "Trend", "apart", "trend", "trends", 
 LIMITS: Mapping[str, float | None] = {
     "memory": 1.0,
     "own": None,
+    "physical": None,
     "resident": None,
     "handles": 0.1,
     "threads": 0.1,
@@ -47,10 +48,11 @@ class Sample:
         part: which of several jobs.
         seconds: since the job began.
         step: number of the update or case.
-        memory: of the process and its children, without pages of files (programs, libraries), of which another process
-            that starts or ends changes the share; what parent and children share is counted once.
-        own: the same of the process alone, which has its part of what it shares.
-        resident: of the process alone, pages of files and all that it shares included.
+        memory: of the process and its children, added up, without pages of files (programs, libraries).
+        own: the same of the process alone.
+        physical: as ``memory``, but what parent and children share is counted once. A fork shares everything; each page
+            that the parent writes to from then on is two. So this grows, more and more slowly, without any leak.
+        resident: of the process alone, with pages of files.
         handles: open files of the process: files, pipes, sockets.
         threads: of the process.
         processes: the process and its children.
@@ -62,6 +64,7 @@ class Sample:
     step: int
     memory: float
     own: float
+    physical: float
     resident: float
     handles: int
     threads: int
@@ -75,18 +78,21 @@ class Sample:
 
         me = psutil.Process()
         children = me.children(recursive=True)
-        own = memory = _unfiled(me)
+        own, physical = _unfiled(me)
+        memory = own
         for child in children:
             try:
-                memory += _unfiled(child)
+                its, part_of_it = _unfiled(child)
             except (psutil.Error, OSError):  # it has just ended
                 continue
+            memory, physical = memory + its, physical + part_of_it
         return cls(
             part,
             round(seconds, 1),
             step,
             memory=memory / 1e6,
             own=own / 1e6,
+            physical=physical / 1e6,
             resident=me.memory_info().rss / 1e6,
             handles=me.num_fds() if hasattr(me, "num_fds") else me.num_handles(),
             threads=me.num_threads(),
@@ -99,12 +105,22 @@ _COLUMNS: Mapping[str, Any] = {field.name: field.type for field in fields(Sample
 """The numbers of a sample and their kinds."""
 
 
-def _unfiled(process: Any) -> int:
-    """Bytes of memory that are no pages of files: Linux's proportional set size, elsewhere what nobody shares."""
-    rollup = Path(f"/proc/{process.pid}/smaps_rollup")
-    if not rollup.exists():
-        return int(process.memory_full_info().uss)
-    return sum(1024 * int(kib) for kib in re.findall(r"^Pss_(?:Anon|Shmem): +(\d+) kB$", rollup.read_text(), re.M))
+def _unfiled(process: Any) -> tuple[int, int]:
+    """Bytes of memory that are no pages of files: all of them, and with shared ones shared out among their owners.
+
+    Where the system is not Linux, both are what nobody shares.
+    """
+    place = Path(f"/proc/{process.pid}")
+    if not (place / "smaps_rollup").exists():
+        unshared = int(process.memory_full_info().uss)
+        return unshared, unshared
+
+    def total(file: str, pattern: str) -> int:
+        return sum(1024 * int(kib) for kib in re.findall(pattern, (place / file).read_text(), re.MULTILINE))
+
+    return total("status", r"^Rss(?:Anon|Shmem):\s+(\d+) kB$"), total(
+        "smaps_rollup", r"^Pss_(?:Anon|Shmem): +(\d+) kB$"
+    )
 
 
 class Recorder:
@@ -253,6 +269,6 @@ def verdict_table(jobs: Mapping[str, Mapping[str, Trend]]) -> str:
             growth = f"{one.slope:+.3f} ({one.low:+.3f} to {one.high:+.3f})"
             verdict = "-" if one.limit is None else "flat" if one.flat else "**grows**"
             limit = "-" if one.limit is None else f"{one.limit:g}"
-            unit = ", MB" if name in ("memory", "own", "resident") else ""
+            unit = ", MB" if name in ("memory", "own", "physical", "resident") else ""
             lines.append(f"| {job} | {name}{unit} | {one.samples} | {ends} | {growth} | {limit} | {verdict} |")
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
 """What ``vision-gates score`` does: compare masks in files with the truth in files."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from vision_gates.datasets.base import few
 from vision_gates.engine.segment_journal import JOURNAL, read_class_names
 from vision_gates.errors import ConfigError, DataError
-from vision_gates.volumes.reading import VOLUME_SUFFIXES, read_labels, stem
+from vision_gates.volumes.reading import VOLUME_SUFFIXES, Volume, read_labels, stem
 from vision_gates.volumes.scoring import Summary, score_case, summarise, write_scores
 
 __all__ = ["score_files"]
@@ -22,8 +22,11 @@ def score_files(
     names: Sequence[str] = (),
     tolerance_mm: float = 2.0,
     out: str | Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
     """Score a mask, or every mask in a folder, against the truth of the same name.
+
+    Every pair is read twice, first to find what is wrong with any of them, so that memory holds one pair at a time.
 
     Args:
         prediction: a file, or a folder of them; of its segment.jsonl the names of the labels are taken.
@@ -31,6 +34,7 @@ def score_files(
         names: of the labels from 0 on, background first; by default "label 1" and so on.
         tolerance_mm: of the normalised surface Dice.
         out: folder for cases.csv, summary.csv and summary.json; None: nothing is written.
+        progress: called with the pairs done and their number.
 
     Raises:
         DataError: a file is missing or cannot be read, or a pair lies on different grids.
@@ -39,19 +43,14 @@ def score_files(
     if not 0 <= tolerance_mm < math.inf:
         raise ConfigError(f"tolerance={tolerance_mm:g}: millimetres are needed, 0 or more")
     pairs = _pairs(Path(prediction).expanduser(), Path(truth).expanduser())
-    masks = {}
-    for name, (mask_path, truth_path) in pairs.items():
-        mask, expected = read_labels(mask_path), read_labels(truth_path)
-        differences = expected.geometry.differences(mask.geometry)
-        if differences:
-            raise DataError(f"{mask_path}: not on the grid of {truth_path}: {'; '.join(differences)}")
-        masks[name] = mask, expected
+    most = max(max(int(labels.array.max()) for labels in _read_pair(*paths)) for paths in pairs.values())
     names = tuple(names) or _written_names(Path(prediction).expanduser())
-    if not names:
-        most = max(int(array.max()) for mask, expected in masks.values() for array in (mask.array, expected.array))
-        names = ("background", *(f"label {value}" for value in range(1, most + 1)))
-    rows = {
-        name: score_case(
+    names = names or ("background", *(f"label {value}" for value in range(1, most + 1)))
+    rows = {}
+    progress(0, len(pairs))
+    for name, paths in pairs.items():
+        mask, expected = _read_pair(*paths)
+        rows[name] = score_case(
             mask.array.astype(np.int64),
             expected.array.astype(np.int64),
             spacing=expected.geometry.spacing,
@@ -59,12 +58,19 @@ def score_files(
             tolerance_mm=tolerance_mm,
             name=str(mask.source),
         )
-        for name, (mask, expected) in masks.items()
-    }
+        progress(len(rows), len(pairs))
     summary = summarise(rows, class_names=names)
     if out is not None:
         write_scores(Path(out), rows, summary)
     return summary
+
+
+def _read_pair(prediction: Path, truth: Path) -> tuple[Volume, Volume]:
+    mask, expected = read_labels(prediction), read_labels(truth)
+    differences = expected.geometry.differences(mask.geometry)
+    if differences:
+        raise DataError(f"{prediction}: not on the grid of {truth}: {'; '.join(differences)}")
+    return mask, expected
 
 
 def _pairs(prediction: Path, truth: Path) -> dict[str, tuple[Path, Path]]:

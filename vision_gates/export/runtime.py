@@ -83,7 +83,10 @@ class Session:
     def __init__(self, path: str | Path, *, threads: int | None = None, device: str = "cpu") -> None:
         self.path = Path(path)
         self._session = open_session(path, threads=threads, device=device)
-        text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        try:
+            text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: damaged: its description is no UTF-8 ({error.reason})") from error
         if text is None:
             raise ConfigError(f"{path}: was not exported by vision_gates: it says nothing about its input and labels")
         self.about = Sidecar.from_json(text, source=path)

@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 
-from fuzzing.damage import Rng, damage, poison, poke
+from fuzzing.damage import INTEGERS, Rng, damage, poison, poke
 
 _NIFTI = {  # size of the header -> places of dim, datatype, bitpix, pixdim, vox_offset, scl, codes, quaternion, srow
     348: [
@@ -244,3 +244,49 @@ def in_weights(rng: Rng, data: bytes, other: bytes) -> bytes:
     (length,) = struct.unpack_from("<Q", data)
     head = json.dumps(poison(rng, json.loads(data[8 : 8 + length]))).encode()
     return struct.pack("<Q", len(head)) + head + data[8 + length :]
+
+
+_OPERATORS = (
+    "Conv Relu Add MatMul Softmax Concat Slice Resize Gather Tile Expand Pad ConstantOfShape Range Reshape ReduceMean "
+    "Einsum LayerNormalization Loop If Scan"
+).split()
+
+
+def in_network(rng: Rng, data: bytes, other: bytes) -> bytes:
+    """An ONNX graph: its operators, edges, attributes, and the claims of its weights."""
+    import onnx
+
+    model = onnx.load_from_string(data)
+    graph = model.graph
+    for _ in range(int(rng.integers(1, 4))):
+        node = graph.node[int(rng.integers(len(graph.node)))] if graph.node else graph.node.add()
+        names = [name for one in graph.node for name in (*one.input, *one.output)] or ["image"]
+        name = names[int(rng.integers(len(names)))]
+        weights = graph.initializer[int(rng.integers(len(graph.initializer)))] if graph.initializer else None
+        number = INTEGERS[int(rng.integers(len(INTEGERS)))]
+        way = int(rng.integers(9))
+        if way == 0:
+            node.op_type = _OPERATORS[int(rng.integers(len(_OPERATORS)))]
+        elif way == 1 and node.input:
+            node.input[int(rng.integers(len(node.input)))] = name
+        elif way == 2 and node.output:
+            node.output[int(rng.integers(len(node.output)))] = name
+        elif way == 3 and node.attribute:
+            attribute = node.attribute[int(rng.integers(len(node.attribute)))]
+            if attribute.ints:
+                attribute.ints[int(rng.integers(len(attribute.ints)))] = number
+            else:
+                attribute.i = number
+        elif way == 4:
+            graph.node.add().CopyFrom(node)
+        elif way == 5 and weights is not None and weights.dims:
+            weights.dims[int(rng.integers(len(weights.dims)))] = number
+        elif way == 6 and weights is not None:
+            weights.data_type = int(rng.integers(24))
+        elif way == 7 and weights is not None and weights.raw_data:
+            weights.raw_data = damage(rng, weights.raw_data, other)
+        elif graph.input and way == 8:
+            shape = graph.input[0].type.tensor_type.shape
+            if shape.dim:
+                shape.dim[int(rng.integers(len(shape.dim)))].dim_value = number
+    return bytes(model.SerializeToString())

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fuzzing.damage import Files, Rng, damage, in_json, in_yaml
-from fuzzing.fields import in_dicom, in_header, in_nifti, in_npz, in_picture, in_tiff, in_weights
+from fuzzing.fields import in_dicom, in_header, in_network, in_nifti, in_npz, in_picture, in_tiff, in_weights
 from fuzzing.images import make_image, make_npz, make_overlays, make_tiff, read_npz, read_overlay_file
+from fuzzing.networks import make_network, read_network
+from fuzzing.results import in_lines, make_results, read_results
 from fuzzing.runs import (
     make_checkpoint,
     make_config,
@@ -72,6 +74,7 @@ class Kind:
 KINDS = {
     "config": Kind(make_config, every(_config), in_yaml, (".yaml",)),
     "run": Kind(make_run, read_run, in_json, mutable="run.json"),
+    "results": Kind(make_results, read_results, in_lines, mutable=r".*\.jsonl?"),
     "checkpoint": Kind(make_checkpoint, read_checkpoint_folder, in_weights, seal=sealed),
     "weights": Kind(make_weights, read_weights, in_weights),
     "nifti": Kind(make_nifti, every(_volume, _label_map), in_nifti, (".nii", ".nii.gz")),
@@ -83,6 +86,7 @@ KINDS = {
     "overlays": Kind(make_overlays, read_overlay_file, in_npz),
     "layout": Kind(make_layout, read_layout, in_json, mutable="dataset.json"),
     "sidecar": Kind(make_sidecar, read_sidecar, in_json),
+    "network": Kind(make_network, read_network, in_network),
 }
 
 
