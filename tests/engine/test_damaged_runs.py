@@ -117,10 +117,12 @@ def test_every_key_of_run_json_is_checked(run):
 def test_a_damaged_row_of_metrics_is_named_by_its_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     row = '{"epoch": 1, "lr": 0.1, "train": {"loss": 1}, "val": null, "seconds": 1.5}'
-    for line in (row, "[]", row):
+    for line in ("[]", row.replace("1.5", "1e999"), row.replace("1.5", "-1")):
+        append_line(path, row)
         append_line(path, line)
-    assert "line 2: damaged" in refusal(lambda: read_metrics(path), path)
-    truncate_metrics(path, 1)
+        assert "line 2: damaged" in refusal(lambda: read_metrics(path), path)
+        truncate_metrics(path, 0)
+    append_line(path, row)
     with open(path, "ab") as file:
         file.write(b'{"epoch": 2, "lr')
     assert [one["epoch"] for one in read_metrics(path)] == [1], "half a last line is what a crash leaves"

@@ -157,6 +157,9 @@ def test_results_of_another_run_are_refused(tmp_path, changes):
     finish(journal(tmp_path), tmp_path, "a")
     with pytest.raises(UserError, match=r"of another run or other options \(/runs/one\)"):
         journal(tmp_path, **changes)
+    (tmp_path / JOURNAL).write_text('{"about": {"run": "a\\nb"}, "class_names": []}\n')
+    with pytest.raises(UserError, match=r"of another run or other options \(a b\)"):
+        journal(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", '{"class_names": "ab"}\n', '{"class_names": [1]}\n', "[]\n"])

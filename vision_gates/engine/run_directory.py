@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict  # typing's, before Python 3.12, is not enough for pydantic
 
 import vision_gates
@@ -209,6 +209,10 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
+Seconds = Annotated[float, Field(ge=0, lt=1e12)]
+"""A span of time that a run can have taken; neither infinite nor NaN, so that sums can be shown."""
+
+
 class _Epoch(TypedDict):
     """A row of metrics.jsonl, which may hold more."""
 
@@ -218,7 +222,7 @@ class _Epoch(TypedDict):
     lr: float | None
     train: dict[str, int | float | None]
     val: dict[str, int | float | None] | None
-    seconds: float
+    seconds: Seconds
     images_per_second: NotRequired[float | None]
 
 

@@ -8,7 +8,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter
 from typing_extensions import NotRequired, TypedDict  # typing's, before Python 3.12, is not enough for pydantic
 
-from vision_gates.engine.run_directory import RunDirectory, read_json, reason_of
+from vision_gates.engine.run_directory import RunDirectory, Seconds, read_json, reason_of
 from vision_gates.engine.volume_data import VolumeInfo
 from vision_gates.errors import UserError
 
@@ -56,7 +56,7 @@ class Evaluation(TypedDict):
     confusion: list[list[int]] | None
     convention: str
     notes: list[str]
-    seconds: float
+    seconds: Seconds
 
 
 class Learnt(TypedDict):

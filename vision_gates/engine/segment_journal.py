@@ -134,8 +134,9 @@ class Journal:
         if first is None or not isinstance(first[1].get("about"), dict):
             raise UserError(f"{journal}, line 1: damaged (no description of the results); {_REMEDY}")
         if first[1] != self._about:
+            run = " ".join(str(first[1]["about"].get("run")).split())
             raise UserError(
-                f"{journal}: the results there are of another run or other options ({first[1]['about'].get('run')}); "
+                f"{journal}: the results there are of another run or other options ({run}); "
                 "choose another OUT, or use overwrite=true"
             )
         for number, (text, entry) in enumerate(lines, start=2):
