@@ -533,8 +533,8 @@ class Trainer:
     def _rescue(self) -> None:
         """Save what is done before data that cannot be read, or a dead worker, end the run."""
         if self.world > 1:  # the other processes know of nothing, so that what is done cannot be saved
-            if self.stop.requested:
-                raise Interrupted(f"stopped; the last checkpoint in {self.run.path} is intact: trainer.resume=true")
+            if self.stop.requested:  # as below
+                raise KeyboardInterrupt
             return
         self._undo_forward()
         self.read_loss()
