@@ -10,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -117,6 +118,29 @@ def test_runs_leave_nothing_behind(soak, tmp_path):
         tensors, now = live_tensors(), Sample.take("here", seconds=0, step=0)
         counts.append((tensors, now.handles, now.threads, now.processes))
     assert counts[1] == counts[0] and counts[2] == counts[0]
+
+
+_WAITING = """
+import os, time
+from vision_gates.benchmark.soak import apart
+
+def job():
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    apart(job)
+"""
+
+
+@pytest.mark.slow
+def test_a_job_ends_with_who_waits_for_it(tmp_path):
+    (tmp_path / "waiting.py").write_text(_WAITING)
+    waiting = subprocess.Popen([sys.executable, tmp_path / "waiting.py"], stdout=subprocess.PIPE, cwd=ROOT)
+    job = psutil.Process(int(waiting.stdout.readline()))
+    waiting.kill()
+    waiting.communicate(timeout=60)
+    job.wait(timeout=60)
 
 
 @pytest.mark.slow

@@ -7,13 +7,15 @@ belong to steps, are taken at the same place of the loop, and need no thread of 
 import csv
 import gc
 import math
+import os
 import re
+import threading
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from multiprocessing import get_context, set_start_method
+from multiprocessing import get_context, parent_process, set_start_method
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -253,8 +255,19 @@ def apart(job: Callable[..., list[Sample]], *arguments: Any, **named: Any) -> li
 
 
 def _start_as_usual() -> None:
-    """A spawned process spawns in its turn; its data workers shall start as those of any other process."""
+    """A spawned process spawns in its turn; its data workers shall start as those of any other process.
+
+    It ends with the process that waits for it, should that be killed.
+    """
     set_start_method(None, force=True)
+
+    def follow() -> None:
+        waiting = parent_process()
+        assert waiting is not None
+        waiting.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def verdict_table(jobs: Mapping[str, Mapping[str, Trend]]) -> str:
