@@ -260,18 +260,19 @@ class TestModelContract:
 @pytest.mark.parametrize("name", _once_a_kind())
 class TestModelCompilation:
     def test_compiles_whole_and_equals_eager(self, name):
-        model = small(name, num_classes=3).train()
+        # In float64: in float32 rounding alone makes 2 in 1,000 of some gate's gradient, which is near zero at first.
+        model = small(name, num_classes=3).double().train()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         results = []
         for run in (model, compiled):
             model.zero_grad()
-            logits = run(image())
+            logits = run(image().double())
             logits.square().sum().backward()
             results.append((logits.detach(), {key: p.grad.clone() for key, p in model.named_parameters()}))
         (logits, gradients), (compiled_logits, compiled_gradients) = results
-        assert relative_error(compiled_logits, logits) < 1e-4
+        assert relative_error(compiled_logits, logits) < 1e-7
         for key, gradient in gradients.items():
-            assert relative_error(compiled_gradients[key], gradient) < 1e-3, key
+            assert relative_error(compiled_gradients[key], gradient) < 1e-6, key
 
     def test_exports(self, name):
         model = small(name, num_classes=3).eval()
