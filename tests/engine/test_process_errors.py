@@ -1,5 +1,6 @@
 """Of several processes the first that fails says why, in one line, and all end: under torchrun, and the rules alone."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -90,7 +91,7 @@ sys.exit(cli.train(sys.argv[1:2]))
 
 def test_torchrun_passes_a_signal_on(make_config, tmp_path):
     """It sends SIGTERM to the process groups of those that it has started: data workers must not be in them."""
-    config = make_config("data.workers=1", "schedule.epochs=30")
+    config = make_config("data.workers=1", "schedule.epochs=30", "trainer.device=auto")
     save_config(config, tmp_path / "run.yaml")
     process = torchrun(tmp_path, _SLOW, "run.yaml", "begun")
     deadline = time.monotonic() + 100
@@ -100,6 +101,8 @@ def test_torchrun_passes_a_signal_on(make_config, tmp_path):
     said = process.communicate(timeout=60)[1]
     assert said.count("trainer.resume=true") == 1 and "error: " not in said.partition("Traceback")[0], said
     update = int(re.search(r"stopped in epoch \d+ after update (\d+)", said)[1])
+    environment = json.loads((Path(config.trainer.run_dir) / "environment.json").read_text())
+    assert environment["processes"] == 2, "without a GPU, too, they are one run"
     assert read_checkpoint(Path(config.trainer.run_dir) / "checkpoints", "last").state["place"]["update"] == update >= 2
 
 

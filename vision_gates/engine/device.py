@@ -21,7 +21,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     """Accelerate for the configured device and precision, in one process or in those that torchrun started.
 
     Raises:
-        ConfigError: The device cannot compute in that precision, or has no CUDA graphs, or shards do not go with them.
+        ConfigError: The device has not that precision, or no CUDA graphs; shards do not go with another key; processes
+            were started in a way that Accelerate does not understand.
     """
     trainer = config.trainer
     if trainer.parallel == "fsdp":
@@ -39,14 +40,22 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         raise ConfigError("trainer.cuda_graph=true: needs a GPU; set it to false")
     # Accelerate keeps its settings in singletons meant for one run a process; a second run may want others.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    # Left to itself where there is no CUDA, Accelerate takes each of torchrun's processes for the only one.
+    on_cpu = trainer.device == "cpu" or (processes > 1 and not torch.cuda.is_available())
     try:
         # Batch statistics are averaged after every update instead (parallel.py).
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         # The newest PyTorch has another name for it, which Accelerate does not know yet.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        accelerator = Accelerator(mixed_precision=trainer.precision, cpu=trainer.device == "cpu", kwargs_handlers=[ddp])
+        accelerator = Accelerator(mixed_precision=trainer.precision, cpu=on_cpu, kwargs_handlers=[ddp])
     except ValueError as error:
         raise ConfigError(f"trainer.precision={trainer.precision}: {' '.join(str(error).split())}") from error
+    if accelerator.num_processes != processes:
+        raise ConfigError(
+            f"{processes} processes were started (WORLD_SIZE), but Accelerate has {accelerator.num_processes}; start "
+            "them with torchrun"
+        )
     return accelerator
 
 
