@@ -56,7 +56,7 @@ def train(folder: Path, options: dict[str, str], overrides: list[str], *, proces
     if not data.exists():
         make_images(data, size=int(options["size"]), images=processes * int(options["batch"]) * int(options["updates"]))
     updates = int(options["updates"])
-    part = max(updates // _PARTS, 1)
+    every = max(updates // _PARTS, 1)
     workers = options["workers"] or str(max((os.cpu_count() or 2) // processes - 1, 1))
     config = {
         "task": {"type": "classification"},
@@ -64,12 +64,7 @@ def train(folder: Path, options: dict[str, str], overrides: list[str], *, proces
         "model": {"name": options["model"]},
         "augment": {"train": [{"HorizontalFlip": {}}]},
         "schedule": {"epochs": 3},
-        "trainer": {
-            "run_dir": str(run),
-            "log_every": part,
-            "eval_every": 3,
-            "deterministic": False,
-        },
+        "trainer": {"run_dir": str(run), "log_every": every, "eval_every": 3, "deterministic": False},
     }
     path = folder / f"{run.name}.yaml"
     path.write_text(json.dumps(config))  # JSON is YAML
@@ -88,7 +83,7 @@ def train(folder: Path, options: dict[str, str], overrides: list[str], *, proces
     rates = [
         event.value
         for event in events.Scalars("train/images_per_second")
-        if event.step > updates and (event.step - 1) % updates >= part
+        if event.step > updates and (event.step - 1) % updates >= every
     ]
     shown = [line.split(" | ") for line in (run / "log.txt").read_text().splitlines() if "GiB" in line]
     waits = [float(part.removeprefix("data wait ").rstrip("%")) for line in shown for part in line if "wait" in part]

@@ -120,9 +120,9 @@ def _unfiled(process: Any) -> tuple[int, int]:
     def total(file: str, pattern: str) -> int:
         return sum(1024 * int(kib) for kib in re.findall(pattern, (place / file).read_text(), re.MULTILINE))
 
-    return total("status", r"^Rss(?:Anon|Shmem):\s+(\d+) kB$"), total(
-        "smaps_rollup", r"^Pss_(?:Anon|Shmem): +(\d+) kB$"
-    )
+    whole = total("status", r"^Rss(?:Anon|Shmem):\s+(\d+) kB$")
+    shared_out = total("smaps_rollup", r"^Pss_(?:Anon|Shmem): +(\d+) kB$")
+    return whole, shared_out
 
 
 class Recorder:

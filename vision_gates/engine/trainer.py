@@ -533,7 +533,7 @@ class Trainer:
     def _rescue(self) -> None:
         """Save what is done before data that cannot be read, or a dead worker, end the run."""
         if self.world > 1:  # the other processes know of nothing, so that what is done cannot be saved
-            if self.stop.requested:  # as below
+            if self.stop.requested:  # the signal ended the worker, too, and will end the other processes
                 raise KeyboardInterrupt
             return
         self._undo_forward()

@@ -54,9 +54,8 @@ def make_network(root: Path, canary: Path) -> None:
     write(root / "more", network__onnx=_network([conv, relu, *scale], weights | places, about).SerializeToString())
     wide = rng.normal(size=(4, 1, 301, 301)).astype(np.float32)
     same = helper.make_node("Conv", ["image", "w"], ["a"], auto_pad="SAME_UPPER")
-    write(
-        root / "largest", network__onnx=_network([same, relu, head], weights | {"w": wide}, about).SerializeToString()
-    )
+    largest = _network([same, relu, head], weights | {"w": wide}, about)
+    write(root / "largest", network__onnx=largest.SerializeToString())
 
     def claiming(*dims: int, **fields: Any) -> Any:
         tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=dims, raw_data=b"\0" * 144)
